@@ -1,0 +1,1 @@
+"""Super-resolution backbones: one file per family, one call contract (see `base`)."""

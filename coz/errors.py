@@ -1,0 +1,9 @@
+"""The root of the errors that a user can mend: the entry points print them as one sentence and exit with 2."""
+
+
+class UserError(Exception):
+    """A mistake of the user or of the machine (a wrong value, a missing file, a full disk).
+
+    The message says what is wrong, which value it was and what to do about it. It is raised before weights are
+    loaded wherever that is possible. Anything else that escapes is a bug of ours and keeps its traceback.
+    """
