@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -46,7 +47,7 @@ def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); emulated bf16 is slower than fp32."""
     try:
-        flags = next(line for line in open("/proc/cpuinfo") if line.startswith("flags"))
-    except (OSError, StopIteration):
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -42,6 +42,5 @@ def test_color_fix_equals_the_release(arrays, method, fix):
 def test_wavelet_low_part_equals_the_release(arrays):
     inputs, expected, config = arrays
     low = wavelet_low(_picture(inputs["pair0_target_u8"]))
-    np.testing.assert_allclose(
-        low[0].numpy(), expected["pair0_target_wavelet_low_f32"], rtol=0, atol=config["tolerance"]["f32"]["atol"]
-    )
+    atol = config["tolerance"]["f32"]["atol"]
+    np.testing.assert_allclose(low[0].numpy(), expected["pair0_target_wavelet_low_f32"], rtol=0, atol=atol)
