@@ -6,9 +6,10 @@ import functools
 import hashlib
 import importlib.metadata
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -192,3 +193,42 @@ def folder_digest(folder: str | Path, patterns: Sequence[str]) -> str:
     for path in sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}):
         digest.update(f"{path.relative_to(folder)}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Rebuilds plain numpy arrays inside dicts, and nothing else: no other name in the pickle is looked up."""
+
+    _ALLOWED = frozenset({("numpy", "dtype"), ("numpy", "ndarray")})
+    _RECONSTRUCT = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")})
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in self._ALLOWED:
+            return getattr(np, name)
+        if (module, name) in self._RECONSTRUCT:
+            return np.ndarray([0]).__reduce__()[0]  # numpy's own rebuilding function, wherever this version keeps it
+        if (module, name) == ("flax.core.frozen_dict", "FrozenDict"):
+            return dict
+        raise pickle.UnpicklingError(f"{module}.{name} is not a plain array")
+
+
+def load_numpy_pickle(path: str | Path) -> dict[str, np.ndarray]:
+    """Arrays of a pickle of nested dicts of numpy arrays, by their path: {"params/Conv_0/kernel": array, …}.
+
+    Raises:
+        WrongWeights: damaged, or the pickle asks for anything but arrays and dicts.
+    """
+    path = local_file(path, what="weights")
+    try:
+        with open(path, "rb") as file:
+            tree = _NumpyUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise WrongWeights(f"{path} is not a pickle of plain arrays and was not opened ({error})") from error
+    return dict(_leaves("", tree))
+
+
+def _leaves(prefix: str, node: object) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield from _leaves(f"{prefix}/{name}" if prefix else str(name), child)
+    elif isinstance(node, np.ndarray):
+        yield prefix, node

@@ -7,6 +7,7 @@ exact on them, and is used wherever a figure of the paper depends on it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -238,7 +239,7 @@ def view_at(state_px: int, factor: float, at: tuple[float, float] = CENTER, *, g
         corner = [(state_px - size_px) // 2] * 2
     else:
         grid_px = grid_px if grid_px <= size_px else 1
-        corner = [round((a * state_px - size_px / 2) / grid_px) * grid_px for a in at]
+        corner = [math.floor((a * state_px - size_px / 2) / grid_px + 0.5) * grid_px for a in at]
     left, top = (min(max(c, 0), state_px - size_px) for c in corner)
     return View(left_px=left, top_px=top, size_px=size_px)
 

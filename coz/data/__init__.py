@@ -1,0 +1,1 @@
+"""Photographs and what training makes of them."""
