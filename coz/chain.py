@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coz.backbones.base import Backbone
 from coz.errors import UserError
-from coz.image import Rounding, View, quantize, resize, view_at
+from coz.image import Region, Rounding, View, quantize, resize, view_at
 from coz.prompters.base import Prompter
 
 MAX_FACTOR = 4.0
@@ -27,25 +27,6 @@ MAX_SCALE = 4096
 FirstPair = Literal["released", "paper"]
 Point = tuple[float, float]
 Where = Literal["centre", "auto"] | Point | Sequence[Point]
-
-
-@dataclass(frozen=True)
-class Region:
-    """The square of the start state that a state shows, as fractions of it."""
-
-    left: float = 0.0
-    top: float = 0.0
-    side: float = 1.0
-
-    def inside(self, view: View, state_px: int) -> Region:
-        """The part of this region that `view` cuts out of a state of `state_px` squared."""
-        unit = self.side / state_px
-        return Region(self.left + view.left_px * unit, self.top + view.top_px * unit, view.size_px * unit)
-
-    def locate(self, point: Point) -> Point:
-        """A point of the start state → where it lies in this region, as fractions of it (kept inside)."""
-        x, y = ((p - origin) / self.side for p, origin in zip(point, (self.left, self.top), strict=True))
-        return min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
 
 
 @dataclass(frozen=True)

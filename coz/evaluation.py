@@ -18,13 +18,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from coz.chain import Region, StepSettings, Where, look, plan_factors, seed_of, take_step
+from coz.chain import StepSettings, Where, look, plan_factors, seed_of, take_step
 from coz.checkpoint import file_digest
 from coz.data.photos import Photo
 from coz.errors import UserError
-from coz.image import View, from_pil, read_photo, start_state, to_pil
+from coz.image import Region, View, from_pil, read_photo, start_state, to_pil
 from coz.metrics import Metric, Sample
-from coz.store import StateStore, StoredState, fingerprint, write_json
+from coz.store import CannotWrite, StateStore, StoredState, fingerprint, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,10 @@ class Failure:
 
 @dataclass
 class Timing:
-    """Wall-clock seconds of the states that this run computed itself."""
+    """What this run computed itself: how many states, and the wall-clock seconds in prompter and backbone."""
 
     states: int = 0
-    prompting_s: float = 0.0
-    restoring_s: float = 0.0
-    total_s: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,9 @@ def plan_for(*, mode: str, scale: float, max_factor: float, start_px: int) -> li
     if mode == "chain":
         return factors
     if scale > start_px:
-        raise UserError(f"scale={scale:g} leaves no pixel of a {start_px} px photograph to enlarge directly; use at most {start_px}")
+        raise UserError(
+            f"scale={scale:g} leaves no pixel of a {start_px} px photograph to enlarge directly; use at most {start_px}"
+        )
     return [float(scale)]
 
 
@@ -99,7 +99,9 @@ class StateMaker:
     that a killed run goes on with the same batches and ends with the same bytes.
     """
 
-    def __init__(self, *, store: StateStore, settings: StepSettings, plan: Plan, on_state: Progress = lambda count: None) -> None:
+    def __init__(
+        self, *, store: StateStore, settings: StepSettings, plan: Plan, on_state: Progress = lambda count: None
+    ) -> None:
         self._store, self._settings, self._plan, self._on_state = store, settings, plan, on_state
         self._made_by = {
             "format": STATE_FORMAT,
@@ -116,25 +118,48 @@ class StateMaker:
         lineages = [lineage for photo in photos if (lineage := self._start(photo)) is not None]
         size = self._plan.batch_size
         batches = [lineages[i : i + size] for i in range(0, len(lineages), size)]
-        waiting = [batch for batch in batches if not self._advance(batch, wait=False)]
+        waiting = [batch for batch in batches if not self._try(batch, wait=False)]
         for batch in waiting:  # another process had claimed these
-            self._advance(batch, wait=True)
+            self._try(batch, wait=True)
         failed = {failure.photo for failure in self.failures}
         return [lineage for lineage in lineages if lineage.photo.name not in failed]
+
+    def _try(self, batch: Sequence[Lineage], *, wait: bool) -> bool:
+        """`_advance`, where an image that cannot be restored fails alone and after a second try."""
+        try:
+            return self._advance(batch, wait=wait)
+        except UserError:
+            raise
+        except Exception:
+            logger.exception("a batch failed (%s); trying its images one by one", ", ".join(i.photo.name for i in batch))
+        for lineage in batch:
+            try:
+                self._advance([lineage], wait=True)
+            except UserError:
+                raise
+            except Exception as error:
+                logger.exception("second try")
+                self._fail(lineage.photo, error)
+        return True
 
     def _start(self, photo: Photo) -> Lineage | None:
         plan = self._plan
         try:
-            made_by = {"format": STATE_FORMAT, "photo": file_digest(photo.path), "start_px": plan.start_px, "sides": plan.start_rounding}
+            made_by = {
+                "format": STATE_FORMAT,
+                "photo": file_digest(photo.path),
+                "start_px": plan.start_px,
+                "sides": plan.start_rounding,
+            }
             key = fingerprint(made_by)
             stored = self._store.get(key)
             if stored is None:
                 image = start_state(read_photo(photo.path), plan.start_px, rounding=plan.start_rounding)  # type: ignore[arg-type]
                 meta = {"step": 0, "scale": 1.0, "made_by": made_by, "prompt": "", "raw_prompt": ""}
                 stored = self._store.put(key, _png(image), meta)
+        except CannotWrite:
+            raise
         except (UserError, OSError) as error:
-            if isinstance(error, UserError) and "cannot write" in str(error):
-                raise
             self._fail(photo, error)
             return None
         return Lineage(photo=photo, start=stored, state=stored)
@@ -195,6 +220,7 @@ class StateMaker:
 
         began = time.perf_counter()
         results, prompts = take_step(torch.cat(list(images)), views, step=step, seeds=seeds, settings=self._settings)
+        self.timing.seconds += time.perf_counter() - began
         states = []
         for index, lineage in enumerate(batch):
             have = stored[index]
@@ -204,7 +230,6 @@ class StateMaker:
                 have = self._store.put(keys[index], _png(results[index : index + 1]), meta)
             states.append(have)
         self.timing.states += len(batch)
-        self.timing.total_s += time.perf_counter() - began
         return states
 
     def _describe(self, lineage: Lineage, view: View, step: int, scale: float, prompt: str) -> dict[str, object]:
@@ -247,7 +272,11 @@ class Labels:
 
 
 def measure(
-    lineages: Sequence[Lineage], failures: Sequence[Failure], metrics: Sequence[Metric], labels: Labels, on_value: Progress = lambda count: None
+    lineages: Sequence[Lineage],
+    failures: Sequence[Failure],
+    metrics: Sequence[Metric],
+    labels: Labels,
+    on_value: Progress = lambda count: None,
 ) -> Iterator[dict[str, object]]:
     """One row per photograph and metric. A failed photograph or a value that is no number gets the metric's worst value.
 
@@ -277,7 +306,13 @@ def measure(
     for failure in failures:
         for metric in metrics:
             identity = json.dumps(dict(metric.identity), sort_keys=True)
-            row = {"metric": metric.name, "value": metric.worst, "failure": failure.reason, "state": "", "metric_identity": identity}
+            row = {
+                "metric": metric.name,
+                "value": metric.worst,
+                "failure": failure.reason,
+                "state": "",
+                "metric_identity": identity,
+            }
             yield {"image": failure.photo, **common, **row}
 
 
@@ -309,7 +344,8 @@ def _read_value(file: Path) -> float | None:
 
 def sample_of(lineage: Lineage) -> Sample:
     """The files that a metric reads for a finished lineage."""
-    assert lineage.parent is not None and lineage.view is not None
+    assert lineage.parent is not None
+    assert lineage.view is not None
     region = lineage.region
     return Sample(
         image=lineage.state.image_path,

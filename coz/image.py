@@ -214,6 +214,25 @@ class View:
         return x[..., self.top_px : self.top_px + self.size_px, self.left_px : self.left_px + self.size_px]
 
 
+@dataclass(frozen=True)
+class Region:
+    """The square of the start state that a state shows, as fractions of it."""
+
+    left: float = 0.0
+    top: float = 0.0
+    side: float = 1.0
+
+    def inside(self, view: View, state_px: int) -> Region:
+        """The part of this region that `view` cuts out of a state of `state_px` squared."""
+        unit = self.side / state_px
+        return Region(self.left + view.left_px * unit, self.top + view.top_px * unit, view.size_px * unit)
+
+    def locate(self, point: tuple[float, float]) -> tuple[float, float]:
+        """A point of the start state → where it lies in this region, as fractions of it (kept inside)."""
+        x, y = ((p - origin) / self.side for p, origin in zip(point, (self.left, self.top), strict=True))
+        return min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
+
+
 CENTER = (0.5, 0.5)
 
 

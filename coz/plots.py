@@ -1,0 +1,106 @@
+"""Pictures of results: zoom strips, all scales and methods of a photograph side by side."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from coz.image import Region, View
+
+_CELL_PX = 320
+_GAP_PX = 10
+_TEXT_PX = 15
+_CAPTION_LINES = 2
+_BACKGROUND, _INK, _FAINT, _ACCENT = "white", "#1a1a1a", "#666666", "#e4572e"
+_PALETTE = ("#e4572e", "#f3a712", "#29a19c", "#4361ee", "#9b5de5")
+
+
+@dataclass(frozen=True)
+class StripState:
+    """One picture of a strip."""
+
+    image: Path
+    prompt: str
+    regions: tuple[Region, ...]  # what each state of its chain shows of the start state, the first first
+
+
+def read_strip_state(states: Path, key: str) -> tuple[StripState, Path]:
+    """A stored state with its ancestry, and the picture of its start state."""
+    lineage = []
+    node = key
+    while True:
+        meta = json.loads((states / node / "state.json").read_text())
+        if meta["step"] == 0:
+            break
+        lineage.append(meta)
+        node = meta["parent"]
+    with Image.open(states / node / "image.png") as start:
+        state_px = start.width
+    region, regions = Region(), []
+    for meta in reversed(lineage):
+        region = region.inside(View(**meta["view"]), state_px)
+        regions.append(region)
+    prompt = lineage[0]["prompt"] if lineage else ""
+    return StripState(states / key / "image.png", prompt, tuple(regions)), states / node / "image.png"
+
+
+def draw_strip(
+    title: str,
+    start: Path,
+    cells: Mapping[tuple[str, float], StripState],
+    methods: Sequence[str],
+    scales: Sequence[float],
+    credit: str = "",
+) -> Image.Image:
+    """The photograph with the places looked at, then a row of pictures per method, a column per scale."""
+    caption_px = _CAPTION_LINES * (_TEXT_PX + 3) + 6
+    row_px, column_px = _CELL_PX + caption_px + _GAP_PX, _CELL_PX + _GAP_PX
+    head_px = 3 * _TEXT_PX + _GAP_PX
+    width = _GAP_PX + column_px * (len(scales) + 1)
+    height = head_px + max(1, len(methods)) * row_px + _TEXT_PX
+    canvas = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    font, bold = ImageFont.load_default(_TEXT_PX), ImageFont.load_default(_TEXT_PX + 3)
+    draw.text((_GAP_PX, _GAP_PX), title, fill=_INK, font=bold)
+    canvas.paste(_photo(start, list(cells.values())), (_GAP_PX, head_px))
+    for line, text in enumerate(textwrap.wrap(credit, 44)[:3]):
+        draw.text((_GAP_PX, head_px + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=_FAINT, font=font)
+    for column, scale in enumerate(scales, start=1):
+        left = _GAP_PX + column * column_px
+        draw.text((left, head_px - _TEXT_PX - 6), f"{scale:g}×", fill=_INK, font=bold)
+        for row, method in enumerate(methods):
+            top = head_px + row * row_px
+            cell = cells.get((method, scale))
+            if cell is None:
+                draw.rectangle((left, top, left + _CELL_PX - 1, top + _CELL_PX - 1), outline=_FAINT)
+                draw.text((left + 8, top + 8), "not computed", fill=_FAINT, font=font)
+            else:
+                with Image.open(cell.image) as image:
+                    canvas.paste(image.convert("RGB").resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS), (left, top))
+            caption = f"{method}: “{cell.prompt}”" if cell is not None and cell.prompt else method
+            for line, text in enumerate(textwrap.wrap(caption, 44)[:_CAPTION_LINES]):
+                draw.text(
+                    (left, top + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=_INK if line == 0 else _FAINT, font=font
+                )
+    return canvas
+
+
+def _photo(start: Path, cells: Sequence[StripState]) -> Image.Image:
+    """The start state with a frame around what each scale shows."""
+    with Image.open(start) as image:
+        photo = image.convert("RGB").resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(photo)
+    regions = sorted({region for cell in cells for region in cell.regions}, key=lambda region: -region.side)
+    sides = sorted({round(region.side, 6) for region in regions}, reverse=True)
+    for region in regions:
+        color = _PALETTE[sides.index(round(region.side, 6)) % len(_PALETTE)]
+        left, top, right, bottom = (
+            edge * _CELL_PX for edge in (region.left, region.top, region.left + region.side, region.top + region.side)
+        )
+        draw.rectangle((left - 1, top - 1, max(right, left + 2), max(bottom, top + 2)), outline=color, width=2)
+    return photo

@@ -1,0 +1,157 @@
+"""A run's results as files and on the screen: rows, tables, strips; of one job, or of all jobs of a sweep."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from coz.errors import UserError
+from coz.plots import draw_strip, read_strip_state
+from coz.store import write_atomic, write_json
+from coz.tables import (
+    Column,
+    Refusal,
+    Row,
+    differences_table,
+    method_order,
+    read_rows,
+    results_table,
+    rows_to_csv,
+    summarise,
+)
+
+ROWS, RECORD = "rows.csv", "job.json"
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What a job leaves beside its rows, so that tables can be made again without any model."""
+
+    overrides: list[str]
+    refusals: list[Refusal] = field(default_factory=list)
+    columns: list[Column] = field(default_factory=list)
+    credits: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> JobRecord:
+        """The record in a job's folder."""
+        entry = json.loads((folder / RECORD).read_text())
+        refusals = [Refusal(**refusal) for refusal in entry["refusals"]]
+        return cls(entry["overrides"], refusals, [Column(**column) for column in entry["columns"]], entry["credits"])
+
+
+def save_job(folder: Path, record: JobRecord, rows: Sequence[Row]) -> None:
+    """Write one job's rows and record."""
+    write_atomic(folder / ROWS, rows_to_csv(rows))
+    write_json(folder / RECORD, asdict(record))
+
+
+def publish(folder: Path, jobs: Sequence[Path], *, states: Path, strips: int) -> None:
+    """Tables (Markdown, CSV, LaTeX) and zoom strips over some jobs into `folder`, the tables on the screen.
+
+    Args:
+        folder: where to write.
+        jobs: folders of finished jobs.
+        states: the state store.
+        strips: draw strips of at most so many photographs.
+    """
+    records = [JobRecord.read(job) for job in jobs]
+    variants = _variants([record.overrides for record in records])
+    rows: list[Row] = []
+    for job, variant in zip(jobs, variants, strict=True):
+        rows += [{**row, "method": f"{row['method']}{variant}"} for row in read_rows(job / ROWS)]
+    refusals = list(dict.fromkeys(refusal for record in records for refusal in record.refusals))
+    columns = list({column.name: column for record in records for column in record.columns}.values())
+    credits = {name: credit for record in records for name, credit in record.credits.items()}
+
+    table = results_table(rows, columns, refusals)
+    texts = [table.markdown()]
+    niqe = next((column for column in columns if column.name == "niqe"), None)
+    paired = differences_table(rows, niqe) if niqe else None
+    if paired is not None:
+        texts.append(paired.markdown())
+    if len(jobs) > 1:
+        write_atomic(folder / ROWS, rows_to_csv(rows))
+    write_atomic(folder / "table.csv", table.csv())
+    write_atomic(folder / "table.tex", table.latex())
+    write_atomic(folder / "table.md", "\n".join(texts))
+    drawn = draw_strips(folder / "strips", rows, states=states, limit=strips, credits=credits)
+    print("\n" + "\n".join(texts))
+    print(f"table: {folder / 'table.md'}")
+    if drawn:
+        print(f"strips: {drawn[0]}" + (f" and {len(drawn) - 1} more beside it" if len(drawn) > 1 else ""))
+    sys.stdout.flush()
+
+
+def _variants(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """What tells the jobs of a sweep apart besides scale and method, as a suffix for the method's name."""
+    shared = set.intersection(*map(set, overrides)) if overrides else set()
+    suffixes = []
+    for own in overrides:
+        different = [o for o in own if o not in shared and o.split("=")[0] not in ("scale", "method")]
+        suffixes.append(f"[{', '.join(different)}]" if different else "")
+    return suffixes
+
+
+def publish_sweep(folder: Path, config: DictConfig) -> None:
+    """The tables and strips over all jobs of a sweep.
+
+    Raises:
+        UserError: no job could run.
+    """
+    jobs = sorted((path.parent for path in folder.glob(f"job_*/{RECORD}")), key=lambda path: int(path.name.split("_")[1]))
+    if not jobs:
+        return
+    records = [JobRecord.read(job) for job in jobs]
+    if all(not record.columns for record in records):
+        raise UserError("no combination of this sweep can run here: " + records[0].refusals[0].reason)
+    publish(folder, jobs, states=Path(config.outputs) / "states", strips=int(config.strips))
+
+
+def draw_strips(folder: Path, rows: Sequence[Row], *, states: Path, limit: int, credits: Mapping[str, str]) -> list[Path]:
+    """One strip per photograph, of all its methods and scales."""
+    done = [row for row in rows if row["state"]]
+    methods = sorted({str(row["method"]) for row in done}, key=method_order)
+    scales = sorted({float(row["scale"]) for row in done})  # type: ignore[arg-type]
+    paths = []
+    for image in sorted({str(row["image"]) for row in done})[:limit]:
+        mine = [row for row in done if row["image"] == image]
+        keys = {(str(row["method"]), float(row["scale"])): str(row["state"]) for row in mine}  # type: ignore[arg-type]
+        read = {label: read_strip_state(states, key) for label, key in keys.items()}
+        start = next(iter(read.values()))[1]
+        backbones = ", ".join(sorted({str(row["backbone"]) for row in mine}))
+        random = ", RANDOM weights: the pictures mean nothing" if any(row["profile"] == "tiny" for row in mine) else ""
+        cells = {label: state for label, (state, _) in read.items()}
+        strip = draw_strip(f"{image}  ({backbones}{random})", start, cells, methods, scales, credits.get(image, ""))
+        buffer = io.BytesIO()
+        strip.save(buffer, "PNG")
+        write_atomic(folder / f"{image}.png", buffer.getvalue())
+        paths.append(folder / f"{image}.png")
+    return paths
+
+
+def log_to_wandb(folder: Path, rows: Sequence[Row], *, project: str, config: DictConfig) -> None:
+    """Means and rows of a job to Weights & Biases.
+
+    Raises:
+        UserError: wandb has no login and is not offline.
+    """
+    import wandb
+
+    try:
+        run = wandb.init(project=project, dir=str(folder), config=OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    except wandb.errors.Error as error:
+        raise UserError(f"wandb cannot start ({error}); run `wandb login`, or set WANDB_MODE=offline") from error
+    cells = summarise(rows)
+    run.log({f"{method}/{scale:g}x/{metric}": cell.mean for (scale, method, metric), cell in cells.items()})
+    table = wandb.Table(
+        columns=["image", "metric", "value"], data=[[row["image"], row["metric"], row["value"]] for row in rows]
+    )
+    run.log({"rows": table})
+    run.finish()
