@@ -90,13 +90,20 @@ def load_text_encoder(folder: Path, model_class: type[PreTrainedModel], *, dtype
     Raises:
         WrongWeights: damaged files, or keys that are missing, left over or of another shape.
     """
+    from transformers.utils import logging
+
     variant = "fp16" if all("." in path.stem for path in weight_files(folder)) else None
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # bars belong to entry points
     try:
         model, report = model_class.from_pretrained(
             folder, dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise WrongWeights(f"{folder} does not hold a {model_class.__name__} ({str(error).splitlines()[0]})") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     wrong = [str(key) for part in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report.get(part, ())]
     if wrong:
         raise WrongWeights(f"{folder} does not fit its config: keys {', '.join(wrong[:3])} differ; fetch it again")
