@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,8 @@ from coz.checkpoint import StateDict, WrongWeights, file_digest, load_tensors, l
 from coz.errors import UserError
 from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
 from coz.models import latent_tiles, sd2, sd2_lora, vae_tiles
+from coz.models.latent_codec import LatentCodec
 from coz.models.placement import Precision
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 # the UNet's adapters in osediff.pkl: how the file names the list of an adapter's layers, and the adapter
 _UNET_GROUPS = {
@@ -123,7 +120,13 @@ class OSEDiffSD21:
             state = load_tensors(self.checkpoint)
         adapt(unet, vae, state, merge=self.merge_lora, what=str(self.checkpoint or "the random checkpoint"))
         self._alpha = self.source.alphas_cumprod()[sd2.LAST_TIMESTEP].to(self.placement.device)
-        self._vae: AutoencoderKL = self.placement.place_vae(vae)
+        self.codec = LatentCodec(
+            self.placement.place_vae(vae),
+            placement=self.placement,
+            encoder_tile_px=self.vae_encoder_tile_px,
+            decoder_tile=self.vae_decoder_tile,
+            batch_size=self.vae_batch_size,
+        )
         self.encode_prompts = self.source.prompt_encoder(self.placement.device, self.placement.dtype)
         self._unet = self.placement.place(unet)
         if self.compile:
@@ -156,19 +159,8 @@ class OSEDiffSD21:
             prompt_embeds: (B, 77, C).
             noise: (B, 4, H/8, W/8) for sampling the posterior, or None for its mode.
         """
-        latent = self.latent(self.moments(x), noise)
-        return self.decode(self.denoise(latent, self.predict(latent, prompt_embeds)))
-
-    @torch.no_grad()
-    def moments(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] → mean and log variance (B, 8, H/8, W/8)."""
-        x = x.to(self.placement.device, self.placement.vae_dtype)
-        parts = x.split(self.vae_batch_size)
-        return torch.cat([vae_tiles.encode_moments(self._vae, part, tile_px=self.vae_encoder_tile_px) for part in parts])
-
-    def latent(self, moments: Tensor, noise: Tensor | None) -> Tensor:
-        """Moments and noise → scaled latent (B, 4, h, w), float32."""
-        return sd2.latent_of(moments, noise, self._vae.config.scaling_factor)
+        latent = self.codec.latent(self.codec.moments(x), noise)
+        return self.codec.decode(self.denoise(latent, self.predict(latent, prompt_embeds)))
 
     @torch.no_grad()
     def predict(self, latent: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -185,13 +177,6 @@ class OSEDiffSD21:
     def denoise(self, latent: Tensor, prediction: Tensor) -> Tensor:
         """The estimate of the clean latent. A scheduler of one step, stepped at 999, does just this."""
         return sd2.estimate_clean(latent, prediction, self._alpha)
-
-    @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
-        """Scaled latent (B, 4, h, w) → (B, 3, 8h, 8w), float32, not clamped."""
-        z = (latent / self._vae.config.scaling_factor).to(self.placement.vae_dtype)
-        parts = z.split(self.vae_batch_size)
-        return torch.cat([vae_tiles.decode(self._vae, part, tile=self.vae_decoder_tile) for part in parts]).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Size = Literal["tiny", "full"]
 Posterior = Literal["sample", "mode"]
+PromptMerge = Literal["append", "replace"]
 Config = dict[str, Any]
 
 RANDOM = "random"
@@ -349,18 +350,6 @@ def generators(seeds: Sequence[int] | None, count: int) -> list[torch.Generator]
 def draw_noise(sources: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal (B, *shape), each image from its own generator."""
     return torch.stack([torch.randn(*shape, generator=source) for source in sources]).to(device)
-
-
-def latent_of(moments: Tensor, noise: Tensor | None, scaling_factor: float) -> Tensor:
-    """A latent from the autoencoder's moments: (B, 8, h, w) → (B, 4, h, w) float32, times the scaling factor.
-
-    Args:
-        noise: (B, 4, h, w) standard normal, or None for the posterior's mode.
-    """
-    mean, log_variance = moments.float().chunk(2, dim=1)
-    if noise is not None:
-        mean = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
-    return mean * scaling_factor
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -18,22 +18,9 @@ from coz.checkpoint import compare_keys
 
 ALPHA = 8.0
 
-UNET_TARGETS = tuple(
-    [
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-        "conv",
-        "conv1",
-        "conv2",
-        "conv_shortcut",
-        "conv_out",
-        "proj_in",
-        "proj_out",
-        "ff.net.2",
-        "ff.net.0.proj",
-    ]
+UNET_TARGETS = (
+    *("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.2", "ff.net.0.proj"),
+    *("conv", "conv1", "conv2", "conv_shortcut", "conv_out"),
 )
 """Suffixes of the UNet's layers that both codes adapt. OSEDiff adds `conv_in`."""
 VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_k|to_q|to_v|to_out\.0)$"

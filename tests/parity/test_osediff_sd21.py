@@ -47,7 +47,7 @@ def backbone(folder):
             models[merge].load()
         model = models[merge]
         model.latent_tile, model.latent_overlap = case["latent_tiled_size"], case["latent_tiled_overlap"]
-        model.vae_encoder_tile_px, model.vae_decoder_tile = case["vae_encoder_tiled_size"], case["vae_decoder_tiled_size"]
+        model.codec.encoder_tile_px, model.codec.decoder_tile = case["vae_encoder_tiled_size"], case["vae_decoder_tiled_size"]
         return model
 
     return get
@@ -72,15 +72,15 @@ def test_every_stage_equals_the_release(folder, config, recorded, backbone):
         assert torch.equal(model.encode_prompts.ids([case["prompt"]]), expected["input_ids"]), name
         embeds = model.encode_prompts([case["prompt"]])
         close(embeds, expected["prompt_embeds"], tolerance["prompt_embeds"])
-        moments = model.moments(picture(folder, case))
+        moments = model.codec.moments(picture(folder, case))
         close(moments, expected["moments"], tolerance["moments"])
-        latent = model.latent(moments, expected["vae_sample_noise"])
+        latent = model.codec.latent(moments, expected["vae_sample_noise"])
         close(latent, expected["latent"], tolerance["latent"])
         prediction = model.predict(expected["latent"], embeds)
         close(prediction, expected["model_pred"], tolerance["model_pred"])
         clean = model.denoise(latent, model.predict(latent, embeds))
         close(clean, expected["x_denoised"], tolerance["x_denoised"])
-        image = model.decode(clean)
+        image = model.codec.decode(clean)
         clamped = image.clamp(-1, 1)[0]
         crop = clamped[:, 16:80, 24:104]
         assert (crop - expected["image_crop_f32"]).abs().max() <= tolerance["image_f32"]["atol"], name
@@ -108,7 +108,7 @@ def test_merged_equals_unmerged(config, recorded, backbone, folder):
     latent, embeds = recorded[f"{name}/latent"], recorded[f"{name}/prompt_embeds"]
     both = {merge: backbone(case, merge=merge) for merge in (True, False)}
     predictions = {merge: model.predict(latent, embeds) for merge, model in both.items()}
-    moments = {merge: model.moments(picture(folder, case)) for merge, model in both.items()}
+    moments = {merge: model.codec.moments(picture(folder, case)) for merge, model in both.items()}
     for values in (predictions, moments):
         assert (values[True] - values[False]).abs().max() <= 1e-5 * max(1.0, float(values[False].abs().max()))
     merged = {key.partition("/")[2]: v for key, v in recorded.items() if key.startswith("untiled_merged_lora/")}
