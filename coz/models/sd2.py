@@ -92,8 +92,11 @@ def architecture(size: Size) -> dict[str, Config]:
         text |= {"vocab_size": 2048, "projection_dim": 32}
     else:
         raise UserError(f"size={size} is unknown; use tiny or full")
+    control = {key: value for key, value in (_SD2_UNET | unet).items() if key not in ("up_block_types", "sample_size")}
+    control["conditioning_embedding_out_channels"] = [16, 32, 96, 256] if size == "full" else [8, 8, 12, 16]
     return {
         "unet": _SD2_UNET | unet,
+        "controlnet": control,
         "vae": _SD2_VAE | vae,
         "text_encoder": _SD2_TEXT | text,
         "scheduler": dict(_SD2_SCHEDULER),
