@@ -33,7 +33,7 @@ Offload = Literal["none", "cpu"]
 
 _FILES = ("config.json", "*.safetensors", "*processor_config.json", "tokenizer*")
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-_UNQUANTIZED = ["visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "lm_head"]
+_UNQUANTIZED = ["lm_head", r".*\.?(visual|vision_tower|vision_model|multi_modal_projector|connector)"]  # matched from the start
 _BYTES = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 
@@ -88,7 +88,8 @@ class VisionLanguageModel:
         batch_size: questions at a time.
         max_image_px: make larger pictures smaller, to about this many pixels; None for what the processor's files say.
         download_gb: said in the error where the weights are missing.
-        loader: reads a checkpoint whose layout transformers does not know: called with `folder`, `dtype`, `device`.
+        loader: reads InternVL2.5's original layout, where the folder has it: called with `folder`, `dtype`, `device`,
+            gives the model and a processor (`ChatProcessor`).
         """
         check_choice("size", size, Size)
         check_choice("quantization", quantization, Quantization)
@@ -103,13 +104,14 @@ class VisionLanguageModel:
         self.weights, self.size, self.seed = weights, size, seed
         self.quantization, self.offload, self.batch_size = quantization, offload, batch_size
         self._max_image_px = max_image_px
-        self._loader = loader
-        self._folder = None
+        self._folder, self._loader = None, None
         if weights != "random":
             what = "the vision-language model"
-            self._folder = hub_folder(weights, patterns=_FILES if loader is None else _FILES[:2], what=what, size_gb=download_gb)
-            if loader is None:
-                _check_layout(self._folder)
+            self._folder = hub_folder(weights, patterns=_FILES[:2], what=what, size_gb=download_gb)
+            if _has_original_layout(self._folder):
+                self._loader = _check_loader(loader, folder=self._folder, quantization=quantization)
+            else:
+                hub_folder(weights, patterns=_FILES, what=what, size_gb=download_gb)
         self._adapter_folder = adapter_folder(adapter) if adapter else None
         self._loaded: tuple[nn.Module, ChatProcessor] | None = None
         self._held_identity: Mapping[str, object] | None = None
@@ -182,6 +184,16 @@ class VisionLanguageModel:
             model.to("cpu" if self.offload == "cpu" else self.device)
         self._loaded = (model, processor)
 
+    def plain_text(self, text: str) -> str:
+        """A text without anything that the tokenizer would take for a special token, such as the place of a picture."""
+        self.load()
+        tokenizer = self._loaded[1].tokenizer
+        special = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
+        for token in sorted(special, key=len, reverse=True):
+            if token.strip():
+                text = text.replace(token, "")
+        return text
+
     def unload(self) -> None:
         """Let the weights go; the next call reads them again. Does nothing for a held model."""
         if self._held_identity is None:
@@ -211,9 +223,7 @@ class VisionLanguageModel:
         return model, processor
 
     @torch.no_grad()  # not inference_mode: weights read inside it could never be trained
-    def answer(
-        self, requests: Sequence[ChatRequest], *, sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> list[str]:
+    def answer(self, requests: Sequence[ChatRequest], *, sampling: Sampling, seeds: Sequence[int] | None = None) -> list[str]:
         """What the model says to each request.
 
         Args:
@@ -274,9 +284,7 @@ class VisionLanguageModel:
         empty = torch.zeros(0, high - low + 1)
         return torch.cat([empty, *shares]), torch.cat([empty[:, 0], *masses])
 
-    def _batches(
-        self, requests: Sequence[ChatRequest]
-    ) -> Iterator[tuple[slice, nn.Module, ChatProcessor, dict[str, Tensor]]]:
+    def _batches(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[slice, nn.Module, ChatProcessor, dict[str, Tensor]]]:
         """Slices of the requests with the tensors made of them, the model on its device meanwhile."""
         if not requests:
             return
@@ -349,12 +357,23 @@ def folder_identity(folder: Path, patterns: Sequence[str]) -> str:
     return folder_digest(folder, patterns)
 
 
-def _check_layout(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") == "internvl_chat":
-        raise WrongWeights(
-            f"{folder} is in InternVL's original layout, which transformers does not read; convert it first, or use critic=internvl"
+def _has_original_layout(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WrongWeights(f"{folder / 'config.json'} is no JSON ({error}); fetch it again") from error
+    return config.get("model_type") == "internvl_chat"
+
+
+def _check_loader(loader: Loader | None, *, folder: Path, quantization: Quantization) -> Loader:
+    if loader is None:
+        raise WrongWeights(f"{folder} is in InternVL's original layout, which transformers does not read; use critic=internvl")
+    if quantization != "none":
+        raise UserError(
+            f"quantization={quantization} needs a checkpoint in transformers' own layout and {folder} is in InternVL's "
+            "original one; convert it first and give the folder that the conversion wrote"
         )
+    return loader
 
 
 def _check_quantization(quantization: Quantization, *, weights: str, offload: Offload) -> None:
