@@ -18,7 +18,7 @@ Tagger = Callable[[Tensor, Tensor | None], Sequence[str]]
 
 _WORD = re.compile(r"[^\W_]+")
 _IDLE_WORDS = frozenset(
-    "a an the of in on at to and or with by for from is are be it its this that there some image picture photo".split()
+    "a an the of in on at to and or with by for from is are be it its this that there some image picture photo".split()  # noqa: SIM905
 )
 
 

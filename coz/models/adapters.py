@@ -48,9 +48,7 @@ def adapter_folder(adapter: str) -> Path:
             if folder != root:
                 log.info("adapter=%s: taking %s", adapter, folder)
             return hub_folder(str(folder), patterns=ADAPTER_FILES, what="the LoRA adapter", size_gb=0.1)
-    raise WeightsNotFound(
-        f"adapter={adapter} holds no adapter_config.json, nor does a checkpoint-N in it; give an adapter's folder"
-    )
+    raise WeightsNotFound(f"adapter={adapter} and its checkpoint-N hold no adapter_config.json; give an adapter's folder")
 
 
 def _step(folder: Path) -> tuple[str, int]:

@@ -32,14 +32,16 @@ SPECIAL_TOKENS = (  # in the order of Qwen's ids from 151643 on
     "<|image_pad|>",
     "<|video_pad|>",
 )
-_WORDS = (
-    "The second image is a zoom in of first Based on this knowledge what Give me set words What Please rate quality "
-    "following description how well it describes Output only single score between and Description Rating First Second Image "
-    "system user assistant You are helpful cat dog stone leaf fur bark water sky window brick texture metal wood grass "
-    "feather sand snow glass rust moss petal shell cloth skin scale eye wing tile road sign"
-).split()
+_WORDS = """
+The second image is a zoom in of first Based on this knowledge what Give me set words What Please rate quality
+following description how well it describes Output only single score between and Description Rating First Second Image
+system user assistant You are helpful cat dog stone leaf fur bark water sky window brick texture metal wood grass
+feather sand snow glass rust moss petal shell cloth skin scale eye wing tile road sign
+""".split()  # noqa: SIM905  (a list of this many would be unreadable)
 _CHAT_TEMPLATE = (  # ChatML: every message between <|im_start|> and <|im_end|>, a default system message where none leads
-    "{%- if messages[0]['role'] != 'system' -%}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif -%}"
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{%- endif -%}"
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{%- if message['content'] is string -%}{{ message['content'] }}"

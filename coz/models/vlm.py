@@ -12,10 +12,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from coz.checkpoint import WrongWeights, folder_digest, hub_folder
@@ -23,6 +22,7 @@ from coz.errors import UserError
 from coz.models.adapters import ADAPTER_FILES, adapter_folder, attach_adapter, check_merge
 from coz.models.chat import ChatRequest, check_choice
 from coz.models.decoding import RowChooser, Sampling, number_distribution
+from coz.models.encoding import ChatProcessor, encode, number_tokens, without_special_tokens
 from coz.models.placement import Precision, pick_device, pick_dtype
 from coz.models.random_vlm import Size, random_vlm
 
@@ -35,20 +35,6 @@ _FILES = ("config.json", "*.safetensors", "*processor_config.json", "tokenizer*"
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _UNQUANTIZED = ["lm_head", r".*\.?(visual|vision_tower|vision_model|multi_modal_projector|connector)"]  # matched from the start
 _BYTES = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
-
-
-class ChatProcessor(Protocol):
-    """What is needed of a processor: transformers' have it, a hand-made one must."""
-
-    tokenizer: Any
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, object]], **settings: object) -> str:
-        """Messages → text with image tokens; called with `tokenize=False, add_generation_prompt=True`."""
-        ...
-
-    def __call__(self, *, images: list[list[Image.Image]], text: list[str], **settings: object) -> Mapping[str, Tensor]:
-        """Texts and their pictures → the model's tensors; called with `padding=True, return_tensors="pt"`."""
-        ...
 
 
 Loader = Callable[..., tuple[nn.Module, ChatProcessor]]
@@ -187,12 +173,7 @@ class VisionLanguageModel:
     def plain_text(self, text: str) -> str:
         """A text without anything that the tokenizer would take for a special token, such as the place of a picture."""
         self.load()
-        tokenizer = self._loaded[1].tokenizer
-        special = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
-        for token in sorted(special, key=len, reverse=True):
-            if token.strip():
-                text = text.replace(token, "")
-        return text
+        return without_special_tokens(self._loaded[1], text)
 
     def unload(self) -> None:
         """Let the weights go; the next call reads them again. Does nothing for a held model."""
@@ -307,43 +288,6 @@ class VisionLanguageModel:
         return {
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
         }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text
-
-
-def render(processor: ChatProcessor, messages: Sequence[Mapping[str, object]]) -> str:
-    """The text that the model's chat template makes of the messages, up to where the answer begins."""
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def encode(processor: ChatProcessor, requests: Sequence[ChatRequest]) -> dict[str, Tensor]:
-    """The model's tensors for a batch, left-padded."""
-    processor.tokenizer.padding_side = "left"
-    texts = [render(processor, request.messages) for request in requests]
-    images = [list(request.images) for request in requests]
-    begin = getattr(processor.tokenizer, "bos_token", None)
-    begun = begin is not None and texts[0].startswith(begin)  # the template wrote it: not once more
-    settings = {"add_special_tokens": False} if begun else {}
-    return dict(processor(images=images, text=texts, padding=True, return_tensors="pt", **settings))
-
-
-def number_tokens(
-    processor: ChatProcessor, messages: Sequence[Mapping[str, object]], numbers: Sequence[int]
-) -> list[tuple[int, ...]]:
-    """Token ids of numbers where an answer begins: behind the words that open it, since some tokenizers mark a word's start."""
-    tokenizer = processor.tokenizer
-    whole = render(processor, messages)
-    closed = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    opening = whole[len(closed) :] if whole.startswith(closed) else ""
-    before = tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else []
-    tokens = []
-    for number in numbers:
-        ids = tokenizer(opening + str(number), add_special_tokens=False)["input_ids"]
-        clean = ids[: len(before)] == before
-        tokens.append(tuple(ids[len(before) :] if clean else tokenizer(str(number), add_special_tokens=False)["input_ids"]))
-    return tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from coz.errors import UserError
+from coz.models.chat import ChatRequest
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,15 @@ def prompt_key(identity: Mapping[str, object], images: Sequence[Image.Image], se
         digest.update(f"{rgb.width}x{rgb.height}\0".encode())
         digest.update(rgb.tobytes())
     return digest.hexdigest()
+
+
+def prompt_keys(
+    identity: Mapping[str, object], requests: Sequence[ChatRequest], seeds: Sequence[int], *, draws: bool
+) -> list[str]:
+    """`prompt_key` of each request; seeds count where something is drawn."""
+    return [
+        prompt_key(identity, request.images, seed if draws else None) for request, seed in zip(requests, seeds, strict=True)
+    ]
 
 
 class PromptCache:
@@ -72,9 +82,7 @@ class PromptCache:
                 json.dump({"raw": answer}, file)
             os.replace(file.name, path)
         except OSError as error:
-            raise UserError(
-                f"cache_dir={self.folder} cannot be written ({error}); free space, or set cache_dir=null"
-            ) from error
+            raise UserError(f"cache_dir={self.folder} cannot be written ({error}); free space or set cache_dir=null") from error
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

@@ -12,7 +12,7 @@ from coz.models.chat import Context, Layout, chat_messages, chat_requests, check
 from coz.models.decoding import Sampling
 from coz.models.served import ChatServer, ServerError
 from coz.prompters.base import Prompt
-from coz.prompters.cache import PromptCache, ask_missing, prompt_key
+from coz.prompters.cache import PromptCache, ask_missing, prompt_keys
 from coz.prompters.cleaning import Cleaning, clean_prompt
 
 
@@ -99,11 +99,7 @@ class ServedPrompter:
         """
         requests = chat_requests(current, context, pair=self._context == "pair", messages=self._messages)
         seeds = [0] * len(requests) if seeds is None else list(seeds)
-        draws = self._sampling.draws
-        keys = [
-            prompt_key(self._identity, request.images, seed if draws else None)
-            for request, seed in zip(requests, seeds, strict=True)
-        ]
+        keys = prompt_keys(self._identity, requests, seeds, draws=self._sampling.draws)
 
         def ask(rows: list[int]) -> list[str | ServerError]:
             replies = self._server.ask(

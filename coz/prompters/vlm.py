@@ -14,7 +14,7 @@ from coz.models.placement import Precision
 from coz.models.random_vlm import Size
 from coz.models.vlm import Offload, Quantization, VisionLanguageModel
 from coz.prompters.base import Prompt
-from coz.prompters.cache import PromptCache, ask_missing, prompt_key
+from coz.prompters.cache import PromptCache, ask_missing, prompt_keys
 from coz.prompters.cleaning import Cleaning, clean_prompt
 
 
@@ -111,11 +111,7 @@ class VlmPrompter:
         """One prompt per image, see `Prompter`."""
         requests = chat_requests(current, context, pair=self._context == "pair", messages=self._messages)
         seeds = [0] * len(requests) if seeds is None else list(seeds)
-        draws = self._sampling.draws
-        keys = [
-            prompt_key(self._identity, request.images, seed if draws else None)
-            for request, seed in zip(requests, seeds, strict=True)
-        ]
+        keys = prompt_keys(self._identity, requests, seeds, draws=self._sampling.draws)
 
         def ask(rows: list[int]) -> list[str]:
             return self._model.answer(
