@@ -138,6 +138,11 @@ def random_internvl(
         torch.manual_seed(seed)
         with device:  # the full size takes minutes to draw on a CPU and seconds on a GPU
             model = InternVLForConditionalGeneration._from_config(native, dtype=dtype)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:  # wider than the usual 0.02, under which an answer hardly depends on the pictures
+                torch.nn.init.normal_(parameter, std=1.0 if "embed_tokens" in name else parameter.shape[1] ** -0.5)
+            elif ".lambda_" in name:
+                torch.nn.init.ones_(parameter)
     _set_generation(model, tokenizer)
     return model.eval().requires_grad_(False), original_processor(tokenizer, config)
 
