@@ -293,3 +293,15 @@ def test_a_held_model_answers_as_itself(tiny, mixed):
 def test_fingerprints_tell_models_apart(folder):
     prints = [_tiny().fingerprint, _tiny(seed=1).fingerprint, VisionLanguageModel(weights=str(folder), **CPU).fingerprint]
     assert len({json.dumps(dict(f), sort_keys=True) for f in prints}) == 3
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantization_takes_the_language_model_and_leaves_the_eyes(tiny, folder, mixed, quantization):
+    pytest.importorskip("bitsandbytes")
+    model = VisionLanguageModel(weights=str(folder), quantization=quantization, device="cpu", precision="fp32")
+    shares, _ = model.rate(mixed)
+    reference, _ = tiny.rate(mixed)
+    assert ((shares - reference) @ torch.arange(101.0)).abs().max() < 10  # of 100; random weights are the worst case
+    inner = model._loaded[0]
+    linear = {name: type(module).__name__ for name, module in inner.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert all((kind == "Linear") == ("visual" in name or "lm_head" in name) for name, kind in linear.items())
