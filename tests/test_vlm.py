@@ -91,6 +91,7 @@ def test_number_probabilities_equal_brute_force(tiny, mixed):
         assert [len(number) for number in (numbers[7], numbers[42], numbers[100])] == [1, 2, 3]
         joint = torch.tensor([_probability(model, inputs, number, numbers) for number in numbers], dtype=torch.float64)
         expectation = (joint / joint.sum() * torch.arange(101)).sum() / 100
+        torch.testing.assert_close(shares[row].double(), joint / joint.sum(), rtol=1e-3, atol=0)  # 100 too, which is rare
         assert masses[row].item() == pytest.approx(joint.sum().item(), rel=1e-4)
         assert ((shares[row].double() * torch.arange(101)).sum() / 100).item() == pytest.approx(expectation.item(), abs=1e-5)
     assert torch.allclose(shares.sum(1), torch.ones(3))
