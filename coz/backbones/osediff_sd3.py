@@ -175,7 +175,8 @@ class OSEDiffSD3:
                 self._source.vae(dtype=formats.vae, device=device),
                 timestep=self._source.first_timestep(),
                 encode_shift=self._encode_shift,
-                vae_batch=self._plan.vae_batch,
+                # a CPU gains nothing from more than one image at a time in the VAE, and needs the memory for each
+                vae_batch=self._plan.vae_batch if device.type == "cuda" else 1,
             )
             model.put_adapters(self._adapters, merged=self._merge, half_modulations=formats.half_modulations)
             if self._compile:

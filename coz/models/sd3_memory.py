@@ -23,7 +23,7 @@ class NotEnoughMemory(UserError):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How to trade time for memory on a GPU. On a CPU only `vae_batch` acts."""
+    """How to trade time for memory on a GPU. A CPU has one memory, where all plans are alike."""
 
     text: TextPlacement
     """`resident`: text encoders stay on the GPU. `visit`: they live in main memory, and each comes to the GPU as a whole
