@@ -104,6 +104,7 @@ def photos(images: int, side_px: int) -> Tensor:
 def run_line(line: Line, work: Work, answer: multiprocessing.connection.Connection) -> None:
     """Time the chain of one line, in a process of its own; send seconds (wall, CPU), peak memory and the states."""
     torch.set_num_threads(work.threads)
+    RandomSource(size="tiny").text_encoder("text_encoder_3", dtype=torch.float32)  # imports what every line needs
     base_mb = _resident_mb()
     backbone = OSEDiffSD3(weights="random", size=work.size, device=work.device, **line.settings)
     states = photos(work.images, work.side_px)
@@ -244,7 +245,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--scale", type=int, default=256, help="a power of 4")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--batch", type=int, help="images at once in the later lines (16 on a GPU, 4 on a CPU, which gains little)"
+    )
     parser.add_argument("--size", default="mid", help="of the random weights: mid, tiny, full")
     parser.add_argument("--side-px", type=int, default=128)
     parser.add_argument("--device", default="cpu")
@@ -258,7 +261,7 @@ def main() -> None:
     if STEP**work.steps != work.scale:
         parser.error(f"--scale {work.scale} is not a power of {STEP}")
     print_shares(work)
-    rows = report(ablation(min(args.batch, args.images), gpu=args.device != "cpu"), work)
+    rows = report(ablation(min(args.batch or (4 if args.device == "cpu" else 16), args.images), gpu=args.device != "cpu"), work)
     if args.json:
         args.json.write_text(json.dumps({"work": vars(args) | {"json": str(args.json)}, "rows": rows}, indent=1))
 
