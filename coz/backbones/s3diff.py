@@ -135,13 +135,13 @@ class S3Diff:
             state = load_tensors(self.checkpoints["checkpoint"])
         else:
             state = random_checkpoint(unet, vae, size=self.source.size, seed=self.source.seed)
+        adapted = adapt(unet, vae, state, fold=self.fold_lora, what=what)
         if "degradation_checkpoint" in self.checkpoints:
             path = self.checkpoints["degradation_checkpoint"]
             degradation = DegradationNet.from_state(load_tensors(path), what=str(path))
         else:
             widths = (64, 128) if self.source.size == "full" else (8, 12)
             degradation = sd2.build_random(lambda: DegradationNet.of_width(*widths), seed=self.source.seed + 102)
-        adapted = adapt(unet, vae, state, fold=self.fold_lora, what=what)
         device = self.placement.device
         self._degradation = degradation.to(device)  # both in float32: they are small, and scores steer everything
         self._modulators = {net: modulator.to(device) for net, (_, modulator) in adapted.items()}
@@ -336,6 +336,6 @@ def adapt(
         modulator = Modulator.from_checkpoint(state, net, rows=rows, rank=rank, what=what)
         modulation = sd2_lora.Modulation()
         adapted[net] = (modulation, modulator)
-        sd2_lora.attach_adapters(module, adapters, modulation=modulation, row_of=row_of, fold=fold)
+        sd2_lora.attach_modulated(module, adapters, modulation=modulation, row_of=row_of, fold=fold)
     unet.conv_in.load_state_dict({name: state["state_dict_unet"][f"conv_in.{name}"] for name in ("weight", "bias")})
     return adapted
