@@ -134,7 +134,8 @@ class S3Diff:
         if "checkpoint" in self.checkpoints:
             state = load_tensors(self.checkpoints["checkpoint"])
         else:
-            state = random_checkpoint(unet, vae, size=self.source.size, seed=self.source.seed)
+            ranks = {"unet": 32, "vae": 16} if self.source.size == "full" else {"unet": 4, "vae": 4}
+            state = random_checkpoint(unet, vae, ranks=ranks, seed=self.source.seed)
         adapted = adapt(unet, vae, state, fold=self.fold_lora, what=what)
         if "degradation_checkpoint" in self.checkpoints:
             path = self.checkpoints["degradation_checkpoint"]
@@ -291,9 +292,8 @@ def checkpoint_layers(unet: nn.Module, vae: nn.Module, targets: Mapping[str, obj
     }
 
 
-def random_checkpoint(unet: nn.Module, vae: nn.Module, *, size: sd2.Size, seed: int) -> dict[str, object]:
-    """What `s3diff.pkl` holds, seeded and random, with the released ranks at full size."""
-    ranks = {"unet": 32, "vae": 16} if size == "full" else {"unet": 4, "vae": 4}
+def random_checkpoint(unet: nn.Module, vae: nn.Module, *, ranks: Mapping[str, int], seed: int) -> dict[str, object]:
+    """What `s3diff.pkl` holds, seeded and random; the released ranks are 32 (`unet`) and 16 (`vae`)."""
     state: dict[str, object] = {f"rank_{net}": rank for net, rank in ranks.items()}
     state |= {"unet_lora_target_modules": list(sd2_lora.UNET_TARGETS), "vae_lora_target_modules": sd2_lora.VAE_TARGETS}
     embeddings: dict[str, object] = {}
