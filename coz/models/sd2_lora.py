@@ -86,11 +86,10 @@ class Modulation:
 
         Args:
             matrices: (B, rows, r, r).
-            owners: (n,), or (1,) where all inputs belong to one picture.
+            owners: (n,), on the CPU, so that nothing waits for the GPU.
         """
-        owners = owners.to(matrices.device)
         single = bool((owners == owners[0]).all())
-        self._matrices, self._owners = matrices, owners[:1] if single else owners
+        self._matrices, self._owners = matrices, (owners[:1] if single else owners).to(matrices.device)
 
     def row(self, row: int) -> Tensor:
         """(n, r, r), or (1, r, r) where all inputs belong to one picture."""
