@@ -151,7 +151,7 @@ def test_configuration_binds_to_the_constructor(name):
     assert target == f"{CLASSES[name].__module__}.{CLASSES[name].__qualname__}"
     parameters = inspect.signature(CLASSES[name]).parameters
     assert set(node) == set(parameters), "every setting stands in the file, and no other"
-    shared = set(node) - {"device", "precision", "checkpoint", "degradation_checkpoint"}
+    shared = set(node) - {"device", "precision", "checkpoint", "degradation_checkpoint", "tagger"}
     for key in shared:
         assert node[key] == parameters[key].default, key
 
