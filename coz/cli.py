@@ -36,6 +36,8 @@ CONF = REPOSITORY / "conf"
 Task = Callable[[DictConfig], None]
 
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+# A released file that goes with a model's released weights; random weights have none.
+OmegaConf.register_new_resolver("released", lambda weights, file: None if weights == "random" else file, replace=True)
 
 
 class NotHere(UserError):
