@@ -179,9 +179,9 @@ OPTIMISATIONS: dict[str, dict[str, Setting]] = {
         "straightforward": straightforward,
         "fused attention": use_fused_attention,
         "prompts encoded once": remember_prompts,
-        "adapters folded": set_folding(True),
         "guidance in one call": guide_in_one_call,
         "tiles in batches": batch_tiles,
+        "adapters folded": set_folding(True),  # once per call, so after the batches
         "images in batches": batch_images,
     },
     "seesr": {
