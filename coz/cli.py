@@ -146,7 +146,8 @@ def resolve(config_name: str) -> DictConfig:
     """The configuration of the running job: profile, then method, then the profile's word on that method, then the
     command line, whichever order it was typed in.
 
-    `config.lacking` says what of the method the profile cannot give, and is empty where it can.
+    `config.lacking` says what of the method the profile cannot give, and is empty where it can. Where the profile has
+    another data set in the place of the one asked for, `config.stands_for` names the latter.
 
     Raises:
         UserError: the command line gives a method a part that its definition fixes.
@@ -160,7 +161,8 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     """`resolve` for given overrides. In a sweep a fixed part may differ from the command line: other jobs use that."""
     groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
     parsed = OverridesParser.create().parse_overrides(list(typed))
-    chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not o.is_delete()}
+    # An experiment is added with a +, and stays among the other overrides.
+    chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not (o.is_delete() or o.is_add())}
     # `prompter=null` means the config of that name, which Hydra would read as "no such group".
     own = [f"{key}='null'" if value is None else f"{key}={value}" for key, value in chosen.items()]
     rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
@@ -176,13 +178,26 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
                 raise UserError(f"method={method.name} always uses {group}={name}; leave {group}={chosen[group]} out")
             rest = [override for override in rest if not override.lstrip("+~").startswith(f"{group}.")]
     bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen or group in method.fixes]
-    own = [override for override in own if override.split("=")[0] not in method.fixes]
+    asked_for, stand_in = _stand_in(draft, rest)
+    bound += [f"dataset='{stand_in}'"] if stand_in else []
+    own = [o for o in own if o.split("=")[0] not in method.fixes and not (stand_in and o.startswith("dataset="))]
     config = _compose(config_name, [*bound, *own, *rest])
+    config.stands_for = asked_for if stand_in else ""
+    if asked_for in profile.lacks and not stand_in:
+        config.lacking = f"profile={profile.name} lacks dataset={asked_for}: {profile.lacks[asked_for]}"
     for group, name in binds.items():
         if group not in chosen and name in profile.lacks:
             reason = f"method={method.name} needs {group}={name}, which profile={profile.name} lacks: {profile.lacks[name]}"
             config.lacking = reason
     return config
+
+
+def _stand_in(draft: DictConfig, typed: Sequence[str]) -> tuple[str, str]:
+    """(the data set that was asked for, what the profile has in its place or ""). A path that is typed wins over both."""
+    asked_for = str(draft.choices.get("dataset", ""))
+    if any(override.lstrip("+").startswith("dataset.path=") for override in typed):
+        return "", ""
+    return asked_for, str(draft.profile.get("datasets", {}).get(asked_for, ""))
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -192,7 +207,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     OmegaConf.set_struct(config, False)
     config.choices = {group: choices[group] for group in choices if "/" not in group and not group.startswith("hydra")}
     del config["hydra"]
-    config.lacking = ""
+    config.lacking, config.stands_for = "", ""
     OmegaConf.set_struct(config, True)
     return config
 
@@ -255,7 +270,21 @@ def _commit() -> str:
 
 
 class TabulateSweep(Callback):
-    """When a sweep ends, one table and the strips over all its jobs."""
+    """Before a sweep starts, a look at its data sets; when it ends, one table and the strips over all its jobs."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        typed = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))}
+        swept = str((config.hydra.sweeper.get("params") or {}).get("dataset", ""))
+        if "dataset" in typed:
+            swept = typed["dataset"].get_value_element_as_str()
+        profile = str(config.hydra.runtime.choices.get("profile", ""))
+        kept = [o.input_line for key, o in typed.items() if key.startswith("dataset.") and not o.is_sweep_override()]
+        for dataset in swept.split(",") if re.fullmatch(r"[\w,]+", swept) else []:
+            one = resolve_overrides(
+                [f"profile={profile}", f"dataset={dataset}", *kept], config_name=config.hydra.job.config_name, sweep=True
+            )
+            if not one.lacking.startswith(f"profile={profile} lacks dataset"):
+                build(one.dataset)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         from coz.results import publish_sweep

@@ -1,4 +1,4 @@
-"""Evaluate one method at one scale: states from the store or computed into it, then metrics, then long rows.
+"""The states of one method at one scale, from the store or computed into it.
 
 Every state's fingerprint covers its parent, so a chain shares its first states with every longer one, a rerun or another
 metric computes nothing twice, and direct enlargement at the chain's own factor is the chain's first step.
@@ -7,13 +7,10 @@ metric computes nothing twice, and direct enlargement at the chain's own factor 
 from __future__ import annotations
 
 import io
-import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
@@ -22,9 +19,8 @@ from coz.chain import StepSettings, Where, look, plan_factors, seed_of, take_ste
 from coz.checkpoint import file_digest
 from coz.data.photos import Photo
 from coz.errors import UserError
-from coz.image import Region, View, from_pil, read_photo, start_state, to_pil
-from coz.metrics import Metric, Sample
-from coz.store import CannotWrite, StateStore, StoredState, fingerprint, write_json
+from coz.image import Region, View, from_pil, read_photo, resize, start_state, to_pil
+from coz.store import CannotWrite, StateStore, StoredState, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +54,36 @@ class Plan:
     start_px: int = 512
     start_rounding: str = "truncate"  # how the start state's sides are computed, see `image.start_state`
     batch_size: int = 1
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Start from a reduced photograph, so that its own pixels are the truth of what the chain invents."""
+
+    reduce: int
+    start_px: int  # side of the reduced square; brought to the plan's `start_px` where that is another
+
+    @property
+    def square_px(self) -> int:
+        """Side of the photograph's central square that a start state is made of."""
+        return self.start_px * self.reduce
+
+    def start_state(self, photo: Image.Image, size_px: int) -> Tensor:
+        """The central square, reduced by Lanczos. → (1, 3, size_px, size_px)
+
+        Raises:
+            UserError: the photograph is too small.
+        """
+        square_px = self.square_px
+        if min(photo.size) < square_px:
+            raise UserError(
+                f"{photo.width} x {photo.height} px are too few for reference.reduce={self.reduce}, which needs {square_px} px"
+            )
+        left, top = (photo.width - square_px) // 2, (photo.height - square_px) // 2
+        square = photo.crop((left, top, left + square_px, top + square_px))
+        reduced = square.resize((self.start_px, self.start_px), Image.Resampling.LANCZOS)
+        return resize(from_pil(reduced), size_px) if self.start_px != size_px else from_pil(reduced)
 
 
 def plan_for(*, mode: str, scale: float, max_factor: float, start_px: int) -> list[float]:
@@ -90,6 +116,7 @@ class Lineage:
     region: Region = field(default_factory=Region)
     parent: StoredState | None = None
     view: View | None = None
+    truth_px: int | None = None  # side of the photograph's central square that the start state was reduced from
 
 
 class StateMaker:
@@ -151,10 +178,12 @@ class StateMaker:
                 "start_px": plan.start_px,
                 "sides": plan.start_rounding,
             }
+            if plan.reference:
+                made_by |= {"reduce": plan.reference.reduce, "reduced_px": plan.reference.start_px}
             key = fingerprint(made_by)
             stored = self._store.get(key)
             if stored is None:
-                image = start_state(read_photo(photo.path), plan.start_px, rounding=plan.start_rounding)  # type: ignore[arg-type]
+                image = self._start_image(read_photo(photo.path))
                 meta = {"step": 0, "scale": 1.0, "made_by": made_by, "prompt": "", "raw_prompt": ""}
                 stored = self._store.put(key, _png(image), meta)
         except CannotWrite:
@@ -162,7 +191,13 @@ class StateMaker:
         except (UserError, OSError) as error:
             self._fail(photo, error)
             return None
-        return Lineage(photo=photo, start=stored, state=stored)
+        return Lineage(photo, stored, stored, truth_px=plan.reference.square_px if plan.reference else None)
+
+    def _start_image(self, photo: Image.Image) -> Tensor:
+        plan = self._plan
+        if plan.reference:
+            return plan.reference.start_state(photo, plan.start_px)
+        return start_state(photo, plan.start_px, rounding=plan.start_rounding)  # type: ignore[arg-type]
 
     def _fail(self, photo: Photo, error: Exception) -> None:
         logger.error("%s failed: %s", photo.name, error)
@@ -253,109 +288,3 @@ def _png(image: Tensor) -> bytes:
 def _read_state(state: StoredState) -> Tensor:
     with Image.open(state.image_path) as image:
         return from_pil(image)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rows
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What every row of a run says about it."""
-
-    method: str
-    scale: float
-    dataset: str
-    backbone: str
-    prompter: str
-    profile: str
-
-
-def measure(
-    lineages: Sequence[Lineage],
-    failures: Sequence[Failure],
-    metrics: Sequence[Metric],
-    labels: Labels,
-    on_value: Progress = lambda count: None,
-) -> Iterator[dict[str, object]]:
-    """One row per photograph and metric. A failed photograph or a value that is no number gets the metric's worst value.
-
-    Values are kept beside the state they belong to, so that another run reads them.
-    """
-    common = {
-        "method": labels.method,
-        "scale": labels.scale,
-        "dataset": labels.dataset,
-        "backbone": labels.backbone,
-        "prompter": labels.prompter,
-        "profile": labels.profile,
-    }
-    for lineage in lineages:
-        for metric in metrics:
-            value, reason = _cached_value(lineage, metric)
-            yield {
-                "image": lineage.photo.name,
-                **common,
-                "metric": metric.name,
-                "value": value if not reason else metric.worst,
-                "failure": reason,
-                "state": lineage.state.key,
-                "metric_identity": json.dumps(dict(metric.identity), sort_keys=True),
-            }
-            on_value(1)
-    for failure in failures:
-        for metric in metrics:
-            identity = json.dumps(dict(metric.identity), sort_keys=True)
-            row = {
-                "metric": metric.name,
-                "value": metric.worst,
-                "failure": failure.reason,
-                "state": "",
-                "metric_identity": identity,
-            }
-            yield {"image": failure.photo, **common, **row}
-
-
-def _cached_value(lineage: Lineage, metric: Metric) -> tuple[float, str]:
-    """(value, why it failed or "")."""
-    sample = sample_of(lineage)
-    context = {"metric": dict(metric.identity), "start": lineage.start.key, "region": list(sample.region)}
-    file = lineage.state.folder / f"{metric.name}-{fingerprint(context)}.json"
-    cached = _read_value(file)
-    if cached is not None:
-        return cached, ""
-    try:
-        value = metric(sample)
-    except (RuntimeError, ValueError, ArithmeticError) as error:  # a metric that cannot judge this picture
-        logger.exception("%s failed on %s", metric.name, lineage.photo.name)
-        return math.nan, f"{metric.name}: {error}"
-    if not math.isfinite(value):
-        return math.nan, f"{metric.name} gave {value}"
-    write_json(file, {"value": value})
-    return value, ""
-
-
-def _read_value(file: Path) -> float | None:
-    try:
-        return float(json.loads(file.read_text())["value"])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
-        return None
-
-
-def sample_of(lineage: Lineage) -> Sample:
-    """The files that a metric reads for a finished lineage."""
-    assert lineage.parent is not None
-    assert lineage.view is not None
-    region = lineage.region
-    return Sample(
-        image=lineage.state.image_path,
-        parent=lineage.parent.image_path,
-        view=lineage.view,
-        start=lineage.start.image_path,
-        region=(region.left, region.top, region.side),
-    )
-
-
-def row_order(row: Mapping[str, object]) -> tuple[object, ...]:
-    """Sorts rows the same way whatever the order they were made in."""
-    return row["method"], row["scale"], row["image"], row["metric"]
