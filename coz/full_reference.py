@@ -14,6 +14,8 @@ from coz.metrics import Sample, read_picture
 from coz.perceptual import find_trunk, load_lpips, lpips_identity, trunk_state
 from coz.pyiqa_offline import without_downloads
 
+_ON_Y = {"test_y_channel": True, "color_space": "ycbcr", "crop_border": 0}  # pyiqa's default color space, yiq, gives others
+
 
 class _FullReference:
     """Reads the output and its truth; they must be of one size."""
@@ -43,13 +45,13 @@ class PsnrY(_FullReference):
 
     @property
     def identity(self) -> Mapping[str, object]:
-        return {"metric": "psnr", "pyiqa": importlib.metadata.version("pyiqa"), "test_y_channel": True, "crop_border": 0}
+        return {"metric": "psnr", "pyiqa": importlib.metadata.version("pyiqa"), **_ON_Y}
 
     @torch.inference_mode()
     def compare(self, picture: Tensor, truth: Tensor) -> float:
         from pyiqa.archs.psnr_arch import psnr
 
-        return float(psnr(picture, truth, test_y_channel=True))
+        return float(psnr(picture, truth, test_y_channel=True, color_space="ycbcr"))
 
 
 class SsimY(_FullReference):
@@ -59,13 +61,13 @@ class SsimY(_FullReference):
 
     @property
     def identity(self) -> Mapping[str, object]:
-        return {"metric": "ssim", "pyiqa": importlib.metadata.version("pyiqa"), "test_y_channel": True, "crop_border": 0}
+        return {"metric": "ssim", "pyiqa": importlib.metadata.version("pyiqa"), **_ON_Y}
 
     @torch.inference_mode()
     def compare(self, picture: Tensor, truth: Tensor) -> float:
         from pyiqa.archs.ssim_arch import SSIM
 
-        return float(SSIM(test_y_channel=True)(picture, truth))
+        return float(SSIM(test_y_channel=True, color_space="ycbcr")(picture, truth))
 
 
 class Lpips(_FullReference):
