@@ -1,122 +1,31 @@
-"""The states of one method at one scale, from the store or computed into it.
-
-Every state's fingerprint covers its parent, so a chain shares its first states with every longer one, a rerun or another
-metric computes nothing twice, and direct enlargement at the chain's own factor is the chain's first step.
-"""
+"""The states of one method at one scale on this machine: from the store, or computed into it."""
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from PIL import Image
-from torch import Tensor
-
-from coz.chain import StepSettings, Where, look, plan_factors, seed_of, take_step
-from coz.checkpoint import file_digest
+from coz.chain import StepSettings
 from coz.data.photos import Photo
 from coz.errors import UserError
-from coz.image import Region, View, from_pil, read_photo, resize, start_state, to_pil
-from coz.store import CannotWrite, StateStore, StoredState, fingerprint
+from coz.stages import Failure, Lineage, Outlook, Plan, Reference, Stages, plan_for, step_of
+from coz.store import CannotWrite, StateStore, StoredState
+
+__all__ = ["Failure", "Lineage", "Plan", "Reference", "StateMaker", "Timing", "plan_for"]
 
 logger = logging.getLogger(__name__)
 
-STATE_FORMAT = 1  # raised when the same settings would give other states
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A photograph that gave no state, and why."""
-
-    photo: str
-    reason: str
 
 
 @dataclass
 class Timing:
-    """What this run computed itself: how many states, and the wall-clock seconds in prompter and backbone."""
+    """What this run computed itself: how many states, and the wall-clock seconds that took."""
 
     states: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a method makes its states."""
-
-    factors: Sequence[float]  # one per step; a single one is direct enlargement
-    at: Where | str = "centre"  # also "sample": the place that comes with each photograph
-    seed: int = 0
-    start_px: int = 512
-    start_rounding: str = "truncate"  # how the start state's sides are computed, see `image.start_state`
-    batch_size: int = 1
-    reference: Reference | None = None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Start from a reduced photograph, so that its own pixels are the truth of what the chain invents."""
-
-    reduce: int
-    start_px: int  # side of the reduced square; brought to the plan's `start_px` where that is another
-
-    @property
-    def square_px(self) -> int:
-        """Side of the photograph's central square that a start state is made of."""
-        return self.start_px * self.reduce
-
-    def start_state(self, photo: Image.Image, size_px: int) -> Tensor:
-        """The central square, reduced by Lanczos. → (1, 3, size_px, size_px)
-
-        Raises:
-            UserError: the photograph is too small.
-        """
-        square_px = self.square_px
-        if min(photo.size) < square_px:
-            raise UserError(
-                f"{photo.width} x {photo.height} px are too few for reference.reduce={self.reduce}, which needs {square_px} px"
-            )
-        left, top = (photo.width - square_px) // 2, (photo.height - square_px) // 2
-        square = photo.crop((left, top, left + square_px, top + square_px))
-        reduced = square.resize((self.start_px, self.start_px), Image.Resampling.LANCZOS)
-        return resize(from_pil(reduced), size_px) if self.start_px != size_px else from_pil(reduced)
-
-
-def plan_for(*, mode: str, scale: float, max_factor: float, start_px: int) -> list[float]:
-    """The zoom factors of a method at a scale.
-
-    Raises:
-        UserError: no magnification, or one that leaves a direct view without a pixel.
-    """
-    factors = plan_factors(scale, max_factor)
-    if mode == "chain":
-        return factors
-    if scale > start_px:
-        raise UserError(
-            f"scale={scale:g} leaves no pixel of a {start_px} px photograph to enlarge directly; use at most {start_px}"
-        )
-    return [float(scale)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# states
-
-
-@dataclass
-class Lineage:
-    """A photograph on its way through the chain."""
-
-    photo: Photo
-    start: StoredState
-    state: StoredState
-    region: Region = field(default_factory=Region)
-    parent: StoredState | None = None
-    view: View | None = None
-    truth_px: int | None = None  # side of the photograph's central square that the start state was reduced from
 
 
 class StateMaker:
@@ -127,16 +36,20 @@ class StateMaker:
     """
 
     def __init__(
-        self, *, store: StateStore, settings: StepSettings, plan: Plan, on_state: Progress = lambda count: None
+        self,
+        *,
+        store: StateStore,
+        settings: StepSettings,
+        plan: Plan,
+        on_state: Progress = lambda count: None,
+        on_done: Callable[[Sequence[Lineage]], None] = lambda batch: None,
     ) -> None:
-        self._store, self._settings, self._plan, self._on_state = store, settings, plan, on_state
-        self._made_by = {
-            "format": STATE_FORMAT,
-            "backbone": dict(settings.backbone.fingerprint),
-            "prompter": dict(settings.prompter.fingerprint),
-            "rounding": settings.rounding,
-            "first_pair": settings.first_pair,
-        }
+        """Args:
+        on_state: told how many states came about.
+        on_done: told of each batch that reached its last states, before the next is begun.
+        """
+        self._stages = Stages(store=store, settings=settings, plan=plan)
+        self._store, self._plan, self._on_state, self._on_done = store, plan, on_state, on_done
         self.timing = Timing()
         self.failures: list[Failure] = []
 
@@ -148,56 +61,43 @@ class StateMaker:
         waiting = [batch for batch in batches if not self._try(batch, wait=False)]
         for batch in waiting:  # another process had claimed these
             self._try(batch, wait=True)
+        return self._succeeded(lineages)
+
+    def _succeeded(self, lineages: Sequence[Lineage]) -> list[Lineage]:
         failed = {failure.photo for failure in self.failures}
         return [lineage for lineage in lineages if lineage.photo.name not in failed]
 
     def _try(self, batch: Sequence[Lineage], *, wait: bool) -> bool:
         """`_advance`, where an image that cannot be restored fails alone and after a second try."""
         try:
-            return self._advance(batch, wait=wait)
+            if not self._advance(batch, wait=wait):
+                return False
         except UserError:
             raise
         except Exception:
             logger.exception("a batch failed (%s); trying its images one by one", ", ".join(i.photo.name for i in batch))
-        for lineage in batch:
-            try:
-                self._advance([lineage], wait=True)
-            except UserError:
-                raise
-            except Exception as error:
-                logger.exception("second try")
-                self._fail(lineage.photo, error)
+            for lineage in batch:
+                self._try_again(lineage)
+        self._on_done(self._succeeded(batch))
         return True
 
-    def _start(self, photo: Photo) -> Lineage | None:
-        plan = self._plan
+    def _try_again(self, lineage: Lineage) -> None:
         try:
-            made_by = {
-                "format": STATE_FORMAT,
-                "photo": file_digest(photo.path),
-                "start_px": plan.start_px,
-                "sides": plan.start_rounding,
-            }
-            if plan.reference:
-                made_by |= {"reduce": plan.reference.reduce, "reduced_px": plan.reference.start_px}
-            key = fingerprint(made_by)
-            stored = self._store.get(key)
-            if stored is None:
-                image = self._start_image(read_photo(photo.path))
-                meta = {"step": 0, "scale": 1.0, "made_by": made_by, "prompt": "", "raw_prompt": ""}
-                stored = self._store.put(key, _png(image), meta)
+            self._advance([lineage], wait=True)
+        except UserError:
+            raise
+        except Exception as error:
+            logger.exception("second try")
+            self._fail(lineage.photo, error)
+
+    def _start(self, photo: Photo) -> Lineage | None:
+        try:
+            return self._stages.start(photo)
         except CannotWrite:
             raise
         except (UserError, OSError) as error:
             self._fail(photo, error)
             return None
-        return Lineage(photo, stored, stored, truth_px=plan.reference.square_px if plan.reference else None)
-
-    def _start_image(self, photo: Image.Image) -> Tensor:
-        plan = self._plan
-        if plan.reference:
-            return plan.reference.start_state(photo, plan.start_px)
-        return start_state(photo, plan.start_px, rounding=plan.start_rounding)  # type: ignore[arg-type]
 
     def _fail(self, photo: Photo, error: Exception) -> None:
         logger.error("%s failed: %s", photo.name, error)
@@ -206,85 +106,26 @@ class StateMaker:
 
     def _advance(self, batch: Sequence[Lineage], *, wait: bool) -> bool:
         """Bring a batch to its last state; False where another process holds one of its states."""
-        for step in range(1 + int(batch[0].state.meta["step"]), len(self._plan.factors) + 1):  # type: ignore[call-overload]
-            if not self._step(batch, step, wait=wait):
-                return False
-        return True
+        steps = range(1 + step_of(batch[0]), len(self._plan.factors) + 1)
+        return all(self._step(batch, step, wait=wait) for step in steps)
 
     def _step(self, batch: Sequence[Lineage], step: int, *, wait: bool) -> bool:
-        images = [_read_state(lineage.state) for lineage in batch]
-        views = [self._look(lineage, image, step) for lineage, image in zip(batch, images, strict=True)]
-        seeds = [seed_of(self._plan.seed, lineage.start.key, step) for lineage in batch]
-        keys = [self._key(lineage, view, seed) for lineage, view, seed in zip(batch, views, seeds, strict=True)]
-        stored = [self._store.get(key) for key in keys]
-        if not all(stored):
-            with self._store.claim(keys, wait=wait) as claimed:
+        outlook = self._stages.look(batch, step)
+        states = self._stages.stored(outlook)
+        if states is None:
+            with self._store.claim(outlook.keys, wait=wait) as claimed:
                 if not claimed:
                     return False
-                stored = [self._store.get(key) for key in keys]  # another process may have finished meanwhile
-                if not all(stored):
-                    stored = [*self._compute(batch, images, views, seeds, keys, step, stored)]
-        for lineage, view, state in zip(batch, views, stored, strict=True):
-            assert state is not None
-            lineage.region = lineage.region.inside(view, self._plan.start_px)
-            lineage.parent, lineage.view, lineage.state = lineage.state, view, state
+                # another process may have finished meanwhile
+                states = self._stages.stored(outlook) or self._compute(batch, outlook)
+        self._stages.follow(batch, outlook, states)
         self._on_state(len(batch))
         return True
 
-    def _look(self, lineage: Lineage, image: Tensor, step: int) -> View:
-        at = self._plan.at
-        if at == "sample":
-            at = lineage.photo.at or "centre"
-        return look(image[0], lineage.region, step=step, factor=self._plan.factors[step - 1], at=at)  # type: ignore[arg-type]
-
-    def _key(self, lineage: Lineage, view: View, seed: int) -> str:
-        corner = [view.left_px, view.top_px, view.size_px]
-        return fingerprint({"parent": lineage.state.key, "view": corner, "seed": seed, **self._made_by})
-
-    def _compute(
-        self,
-        batch: Sequence[Lineage],
-        images: Sequence[Tensor],
-        views: Sequence[View],
-        seeds: Sequence[int],
-        keys: Sequence[str],
-        step: int,
-        stored: Sequence[StoredState | None],
-    ) -> list[StoredState]:
-        import torch
-
+    def _compute(self, batch: Sequence[Lineage], outlook: Outlook) -> list[StoredState]:
         began = time.perf_counter()
-        results, prompts = take_step(torch.cat(list(images)), views, step=step, seeds=seeds, settings=self._settings)
+        prompts = self._stages.ask(batch, outlook)
+        states = self._stages.restore(batch, outlook, prompts)
         self.timing.seconds += time.perf_counter() - began
-        states = []
-        for index, lineage in enumerate(batch):
-            have = stored[index]
-            if have is None:
-                scale = float(lineage.state.meta["scale"]) * self._plan.factors[step - 1]  # type: ignore[arg-type]
-                meta = self._describe(lineage, views[index], step, scale, prompts[index])
-                have = self._store.put(keys[index], _png(results[index : index + 1]), meta)
-            states.append(have)
         self.timing.states += len(batch)
         return states
-
-    def _describe(self, lineage: Lineage, view: View, step: int, scale: float, prompt: str) -> dict[str, object]:
-        return {
-            "step": step,
-            "scale": scale,
-            "parent": lineage.state.key,
-            "view": {"left_px": view.left_px, "top_px": view.top_px, "size_px": view.size_px},
-            "prompt": str(prompt),
-            "raw_prompt": getattr(prompt, "raw", str(prompt)),
-            "made_by": self._made_by,
-        }
-
-
-def _png(image: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    to_pil(image)[0].save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
-
-
-def _read_state(state: StoredState) -> Tensor:
-    with Image.open(state.image_path) as image:
-        return from_pil(image)

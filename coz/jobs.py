@@ -19,13 +19,14 @@ from coz.backbones.base import Backbone
 from coz.chain import StepSettings, check_where, plan_factors
 from coz.checkpoint import WeightsNotFound
 from coz.data.photos import Photo, short_side_px
+from coz.engines.base import Engine, Work
 from coz.errors import UserError
-from coz.evaluation import Failure, Lineage, Plan, Reference, StateMaker, plan_for
+from coz.evaluation import Failure, Lineage, Plan, Reference, plan_for
 from coz.measuring import Labels, measure, row_order
 from coz.metrics import Metric
 from coz.models.placement import pick_device
 from coz.prompters.base import Prompter
-from coz.store import StateStore, write_json
+from coz.store import write_json
 from coz.tables import Column, Refusal, Row
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Parts:
     plan: Plan
     task: Task
     settings: StepSettings
+    engine: Engine
 
 
 class Task(Protocol):
@@ -147,6 +149,7 @@ def build_parts(job: Job, photos: Sequence[Photo]) -> Parts:
     if plan.at == "sample" and not any(photo.at for photo in photos):
         raise UserError("at=sample needs places in the data set's credits.json, and it has none; use at=centre or at=auto")
     task: Task = cli.build(config.task)  # type: ignore[assignment]
+    engine: Engine = cli.build(config.engine)  # type: ignore[assignment]
     if task.fresh_answers and "cache_dir" in config.prompter:
         config.prompter.cache_dir = None
     built, missing = [], []
@@ -165,7 +168,7 @@ def build_parts(job: Job, photos: Sequence[Photo]) -> Parts:
         rounding=config.protocol.rounding,
         first_pair=config.chain.first_pair,
     )
-    return Parts(settings.backbone, settings.prompter, _build_metrics(job), plan, task, settings)
+    return Parts(settings.backbone, settings.prompter, _build_metrics(job), plan, task, settings, engine)
 
 
 def _build_metrics(job: Job) -> list[Metric]:
@@ -225,20 +228,30 @@ def _plan(config: DictConfig) -> Plan:
 
 
 def make_states(job: Job, parts: Parts, photos: Sequence[Photo]) -> tuple[list[Lineage], list[Failure]]:
-    """The final state of each photograph, from the store or computed into it."""
+    """The final state of each photograph, from the store or computed into it, and metric values beside them.
+
+    Raises:
+        UserError: no photograph gave a state.
+    """
     config = job.config
-    store = StateStore(Path(config.outputs) / "states")
+    nodes = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("backbone", "prompter")}
     label = f"{config.method.name} {config.scale:g}x"
     with tqdm(total=len(photos) * len(parts.plan.factors), desc=label, unit="state", disable=None) as bar:
-        maker = StateMaker(store=store, settings=parts.settings, plan=parts.plan, on_state=bar.update)
-        lineages = maker.run(photos)
-    if not lineages:
-        raise UserError(f"none of the {len(photos)} photographs gave a state; the first: {maker.failures[0].reason}")
-    for failure in maker.failures:
+        work = Work(
+            photos=photos,
+            states=Path(config.outputs) / "states",
+            plan=parts.plan,
+            settings=parts.settings,
+            metrics=parts.metrics,
+            nodes=nodes,  # type: ignore[arg-type]
+            on_state=bar.update,
+        )
+        outcome = parts.engine.run(work)
+    for failure in outcome.failures:
         logger.warning("%s is counted as a failure: %s", failure.photo, failure.reason)
-    timing = {"states_computed": maker.timing.states, "seconds": round(maker.timing.seconds, 3)}
+    timing = {"states_computed": outcome.timing.states, "seconds": round(outcome.timing.seconds, 3)}
     write_json(job.folder / "timing.json", timing)
-    return lineages, maker.failures
+    return outcome.lineages, outcome.failures
 
 
 def measure_states(job: Job, parts: Parts, lineages: Sequence[Lineage], failures: Sequence[Failure]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coz.evaluation import Failure, Lineage
 from coz.metrics import Metric, Sample, Truth
+from coz.stages import Failure, Lineage
 from coz.store import fingerprint, write_json
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def measure(
     """
     for lineage in lineages:
         for metric in metrics:
-            value, reason = _cached_value(lineage, metric)
+            value, reason = cached_value(lineage, metric)
             value = value if not reason else metric.worst
             yield row_of(labels, lineage.photo.name, metric.name, value, metric.identity, reason, lineage.state.key)
             on_value(1)
@@ -73,8 +74,8 @@ def row_of(
     }
 
 
-def _cached_value(lineage: Lineage, metric: Metric) -> tuple[float, str]:
-    """(value, why it failed or "")."""
+def cached_value(lineage: Lineage, metric: Metric) -> tuple[float, str]:
+    """(value, why it failed or ""); a value is computed once and kept beside its state, a failure is tried twice."""
     sample = sample_of(lineage)
     context = {"metric": dict(metric.identity), "start": lineage.start.key, "region": list(sample.region)}
     if getattr(metric, "needs_truth", False):
@@ -83,15 +84,35 @@ def _cached_value(lineage: Lineage, metric: Metric) -> tuple[float, str]:
     cached = _read_value(file)
     if cached is not None:
         return cached, ""
+    reason = ""
+    for _ in range(2):
+        try:
+            with _one_thread(getattr(metric, "parallel", False)):
+                value = metric(sample)
+        except (RuntimeError, ValueError, ArithmeticError, OSError) as error:  # a metric that cannot judge this picture
+            logger.warning("%s failed on %s", metric.name, lineage.photo.name, exc_info=True)
+            reason = f"{metric.name}: {error}"
+            continue
+        if math.isfinite(value):
+            write_json(file, {"value": value})
+            return value, ""
+        reason = f"{metric.name} gave {value}"
+    return math.nan, reason
+
+
+@contextlib.contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """Sums in an order that the number of threads does not change: a worker process gives what this one would."""
+    import torch
+
+    before = torch.get_num_threads()
+    if wanted and before != 1:
+        torch.set_num_threads(1)
     try:
-        value = metric(sample)
-    except (RuntimeError, ValueError, ArithmeticError) as error:  # a metric that cannot judge this picture
-        logger.exception("%s failed on %s", metric.name, lineage.photo.name)
-        return math.nan, f"{metric.name}: {error}"
-    if not math.isfinite(value):
-        return math.nan, f"{metric.name} gave {value}"
-    write_json(file, {"value": value})
-    return value, ""
+        yield
+    finally:
+        if wanted and before != 1:
+            torch.set_num_threads(before)
 
 
 def _read_value(file: Path) -> float | None:
