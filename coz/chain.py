@@ -207,6 +207,8 @@ def prompt_pair(
 
 def ask(state_images: Tensor, views: Sequence[View], *, step: int, seeds: Sequence[int], settings: StepSettings) -> list[str]:
     """The first half of a step: prompts c_i from (x_{i-1}, x_{i-2}). Arguments as in `take_step`."""
+    if not getattr(settings.prompter, "reads_images", True):
+        return settings.prompter(state_images, None, seeds=seeds)
     current, context = prompt_pair(state_images, views, step=step, first_pair=settings.first_pair)
     return settings.prompter(current, context, seeds=seeds)
 

@@ -167,9 +167,10 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     own = [f"{key}='null'" if value is None else f"{key}={value}" for key, value in chosen.items()]
     rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
 
-    draft = _compose(config_name, [*own, *rest])
+    # Settings of parts wait until it is known which parts these are.
+    draft = _compose(config_name, [*own, *(o for o in rest if not _sets_part(o, groups))])
     if "method" not in draft or "profile" not in draft:
-        return draft
+        return _compose(config_name, [*own, *rest])
     method, profile = draft.method, draft.profile
     binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
     for group, name in method.fixes.items():
@@ -181,6 +182,8 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     asked_for, stand_in = _stand_in(draft, rest)
     bound += [f"dataset='{stand_in}'"] if stand_in else []
     own = [o for o in own if o.split("=")[0] not in method.fixes and not (stand_in and o.startswith("dataset="))]
+    if sweep:
+        rest = _applicable(_compose(config_name, [*bound, *own, *(o for o in rest if not _sets_part(o, groups))]), rest, groups)
     config = _compose(config_name, [*bound, *own, *rest])
     config.stands_for = asked_for if stand_in else ""
     if asked_for in profile.lacks and not stand_in:
@@ -190,6 +193,34 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
             reason = f"method={method.name} needs {group}={name}, which profile={profile.name} lacks: {profile.lacks[name]}"
             config.lacking = reason
     return config
+
+
+def _sets_part(override: str, groups: set[str]) -> bool:
+    """Whether an override sets something inside a part that a method or profile may choose."""
+    group, dot, _ = override.lstrip("+~").partition("=")[0].partition(".")
+    return bool(dot) and group in groups - {"profile", "method", "hydra"}
+
+
+def _applicable(config: DictConfig, overrides: Sequence[str], groups: set[str]) -> list[str]:
+    """In a sweep, a setting of one job's part that another job's part does not have, such as `prompter.adapter`, is for the
+    former. One that no part has stays, and is the error it is."""
+    kept = []
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not _sets_part(override, groups) or key.startswith(("+", "~")):
+            kept.append(override)
+            continue
+        group = key.split(".")[0]
+        absent = OmegaConf.select(config, key, default=config) is config
+        known = any(
+            OmegaConf.select(OmegaConf.load(file), key.partition(".")[2], default=config) is not config
+            for file in (CONF / group).glob("*.yaml")
+        )
+        if absent and known:
+            logger.info("%s does not apply to %s=%s", override, group, config.choices[group])
+        else:
+            kept.append(override)
+    return kept
 
 
 def _stand_in(draft: DictConfig, typed: Sequence[str]) -> tuple[str, str]:

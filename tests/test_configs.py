@@ -115,6 +115,22 @@ def test_tiny_means_small_and_random():
     assert full.prompter.weights.startswith("Qwen/")
 
 
+def test_a_setting_of_a_part_waits_for_the_method_that_brings_it():
+    assert _resolve("method=coz_vlm", "prompter.adapter=outputs/x").prompter.adapter == "outputs/x"
+    assert _resolve("prompter.adapter=outputs/x", "method=coz_vlm").prompter.adapter == "outputs/x"
+
+
+def test_in_a_sweep_a_setting_is_for_the_parts_that_have_it():
+    tuned = _resolve("method=coz_vlm", "prompter.adapter=outputs/x", sweep=True)
+    assert tuned.prompter.adapter == "outputs/x"
+    other = _resolve("method=direct", "prompter.adapter=outputs/x", sweep=True)
+    assert "adapter" not in other.prompter
+    with pytest.raises(Exception, match=r"prompter\.adaptor"):
+        _resolve("method=direct", "prompter.adaptor=outputs/x", sweep=True)
+    with pytest.raises(Exception, match=r"prompter\.adapter"):
+        _resolve("method=direct", "prompter.adapter=outputs/x")
+
+
 def test_a_data_set_that_a_profile_lacks_is_stood_in_for_or_named():
     config = _resolve("profile=embedded", "method=nn", "dataset=div2k", "dataset.limit=6")
     assert (config.choices.dataset, config.stands_for, config.dataset.limit) == ("photos", "div2k", 6)

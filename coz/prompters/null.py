@@ -14,6 +14,8 @@ class NullPrompter:
     def fingerprint(self) -> Mapping[str, object]:
         return {"name": "null", "weights": None}
 
+    reads_images = False  # spares the enlargement of what it would not look at
+
     def load(self) -> None:
         """Nothing to read."""
 
