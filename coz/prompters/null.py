@@ -10,11 +10,11 @@ from torch import Tensor
 class NullPrompter:
     """Says nothing about any view."""
 
+    reads_images = False  # spares the enlargement of what it would not look at
+
     @property
     def fingerprint(self) -> Mapping[str, object]:
         return {"name": "null", "weights": None}
-
-    reads_images = False  # spares the enlargement of what it would not look at
 
     def load(self) -> None:
         """Nothing to read."""
