@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -12,7 +13,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hydra
@@ -186,12 +188,12 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
         rest = _applicable(_compose(config_name, [*bound, *own, *(o for o in rest if not _sets_part(o, groups))]), rest, groups)
     config = _compose(config_name, [*bound, *own, *rest])
     config.stands_for = asked_for if stand_in else ""
-    if asked_for in profile.lacks and not stand_in:
-        config.lacking = f"profile={profile.name} lacks dataset={asked_for}: {profile.lacks[asked_for]}"
     for group, name in binds.items():
         if group not in chosen and name in profile.lacks:
             reason = f"method={method.name} needs {group}={name}, which profile={profile.name} lacks: {profile.lacks[name]}"
             config.lacking = reason
+    if asked_for in profile.lacks and not stand_in:
+        config.lacking = f"profile={profile.name} lacks dataset={asked_for}: {profile.lacks[asked_for]}"
     return config
 
 
@@ -304,23 +306,44 @@ class TabulateSweep(Callback):
     """Before a sweep starts, a look at its data sets; when it ends, one table and the strips over all its jobs."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        typed = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))}
-        swept = str((config.hydra.sweeper.get("params") or {}).get("dataset", ""))
-        if "dataset" in typed:
-            swept = typed["dataset"].get_value_element_as_str()
-        profile = str(config.hydra.runtime.choices.get("profile", ""))
-        kept = [o.input_line for key, o in typed.items() if key.startswith("dataset.") and not o.is_sweep_override()]
-        for dataset in swept.split(",") if re.fullmatch(r"[\w,]+", swept) else []:
-            one = resolve_overrides(
-                [f"profile={profile}", f"dataset={dataset}", *kept], config_name=config.hydra.job.config_name, sweep=True
-            )
-            if not one.lacking.startswith(f"profile={profile} lacks dataset"):
-                build(one.dataset)
+        with _said():
+            for dataset in _swept_datasets(config):
+                build(dataset)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         from coz.results import publish_sweep
 
-        publish_sweep(Path(config.hydra.sweep.dir), config)
+        with _said():
+            publish_sweep(Path(config.hydra.sweep.dir), config)
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """Hydra turns what a callback raises into a warning and goes on; an exit it lets through."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:  # each job finds it again and says it
+        logger.debug("left to the jobs", exc_info=error)
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+def _swept_datasets(config: DictConfig) -> Iterator[DictConfig]:
+    """The nodes of the data sets that a sweep names, but for those that its profile lacks."""
+    typed = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))}
+    swept = str((config.hydra.sweeper.get("params") or {}).get("dataset", ""))
+    if "dataset" in typed:
+        swept = typed["dataset"].get_value_element_as_str()
+    profile = config.hydra.runtime.choices.get("profile", "")
+    kept = [o.input_line for key, o in typed.items() if key.startswith("dataset.") and not o.is_sweep_override()]
+    for name in swept.split(",") if re.fullmatch(r"[\w,]+", swept) else []:
+        overrides = [f"profile={profile}", f"dataset={name}", *kept]
+        one = resolve_overrides(overrides, config_name=config.hydra.job.config_name, sweep=True)
+        if f"lacks dataset={name}" not in one.lacking:
+            yield one.dataset
 
 
 def as_mapping(node: DictConfig | None) -> Mapping[str, DictConfig]:
