@@ -23,6 +23,7 @@ from torch import Tensor
 from coz.checkpoint import file_digest
 from coz.errors import UserError
 from coz.image import View, from_pil, read_photo, reduce_area, resize
+from coz.niqe import niqe
 from coz.perceptual import find_trunk, load_lpips, lpips_identity
 
 NIQE_PARAMETERS = Path(__file__).parent / "assets" / "niqe_pris_params.npz"
@@ -132,14 +133,13 @@ class Niqe:
     @torch.inference_mode()
     def score(self, pixels: np.ndarray) -> float:
         """NIQE of an (H, W, 3) uint8 picture of at least 192 px a side (two blocks of 96)."""
-        from pyiqa.archs.niqe_arch import calculate_niqe
-
         if self._arithmetic == "cuda":
-            gray = torch.from_numpy(_cuda_gray(pixels) / 255)[None, None]  # one channel passes unchanged
+            gray = torch.from_numpy(_cuda_gray(pixels))[None, None]
         else:
-            gray = from_pil(Image.fromarray(pixels))
-        mean, covariance = self._parameters
-        return float(calculate_niqe(gray, mu_pris_param=mean, cov_pris_param=covariance))
+            from pyiqa.utils.color_util import to_y_channel
+
+            gray = to_y_channel(from_pil(Image.fromarray(pixels)), 255, "yiq").round()
+        return niqe(gray, *self._parameters)
 
 
 def _cuda_gray(pixels: np.ndarray) -> np.ndarray:

@@ -41,6 +41,22 @@ def test_niqe_in_cpu_arithmetic(published):
         assert value == pytest.approx(float(row["published_niqe"]), abs=0.05)
 
 
+@pytest.mark.parametrize("side", [192, 224, 300])
+def test_niqe_is_pyiqas_to_the_last_bits(side):
+    """Flat areas too, where the sign of rounding counts."""
+    from pyiqa.archs.niqe_arch import calculate_niqe
+
+    generator = np.random.default_rng(side)
+    picture = generator.integers(0, 255, (side, side, 3), dtype=np.uint8)
+    picture[: side // 3] = 200
+    picture[:, : side // 4] //= 8
+    niqe = Niqe(arithmetic="cpu")
+    mean, covariance = niqe._parameters
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    expected = float(calculate_niqe(tensor, mu_pris_param=mean, cov_pris_param=covariance))
+    assert niqe.score(picture) == pytest.approx(expected, rel=1e-12)
+
+
 def test_lpips_equals_the_published_values(published):
     rows, pictures = published
     try:
