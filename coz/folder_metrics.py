@@ -8,8 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import math
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -61,10 +63,20 @@ def compare(pairs: Sequence[tuple[str, Path, Path]], metrics: Sequence[Metric], 
     work = partial(_values, metrics=list(metrics))
     if not workers:
         return [work(pair) for pair in pairs]
-    import multiprocessing
-
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=_context()) as pool:
         return list(pool.map(work, pairs))
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Forked processes inherit what took seconds to import; with threads or a GPU in use a fork could hang."""
+    import torch
+
+    forkable = "fork" in multiprocessing.get_all_start_methods()
+    if not forkable or torch.cuda.is_initialized() or threading.active_count() > 1:
+        return multiprocessing.get_context("spawn")
+    from pyiqa.archs import niqe_arch, ssim_arch  # noqa: F401
+
+    return multiprocessing.get_context("fork")
 
 
 _KEPT: dict[str, Metric] = {}  # in a worker: metrics keep their networks from picture to picture
