@@ -5,8 +5,8 @@
     python benchmarks/evaluation.py memory --count 20     # and again with 200
 
 The plain way is what scripts do: every scale of its own from the photograph on, one image at a time, metrics after all
-pictures, one by one in the same process by pyiqa. pyiqa's command-line tool itself would download NIQE's parameters, so its loop
-is repeated here with parameters from this package.
+pictures, one by one in the same process by pyiqa. pyiqa's command-line tool itself would download NIQE's parameters, so its
+loop is repeated here with parameters from this package.
 """
 
 from __future__ import annotations

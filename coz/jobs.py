@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -196,8 +197,14 @@ def _no_truth(config: DictConfig) -> str:
     return ""
 
 
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    """A sweep has as many jobs as its table has cells."""
+    logger.warning(sentence)
+
+
 def _leave_out(job: Job, column: Column, reason: str) -> None:
-    logger.warning("metric %s is left out: %s", column.name, reason)
+    _warn_once(f"metric {column.name} is left out: {reason}")
     job.refusals.append(Refusal(reason, metric=column.name))
     job.left_out.append(column)
 

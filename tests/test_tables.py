@@ -38,6 +38,16 @@ def test_the_interval_is_the_percentile_bootstraps():
     assert bootstrap_interval(values, seed=0) == (low, high)
 
 
+def test_the_interval_of_many_values_needs_little_memory_and_is_the_same():
+    values = np.random.default_rng(1).normal(3, 2, 9_999)
+    low, high = bootstrap_interval(values, seed=0, resamples=2000)
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.003)
+    assert bootstrap_interval([*values, values.mean()], seed=0) == pytest.approx((low, high), abs=0.003)
+    whole = np.random.default_rng(0).choice(values, size=(300, 9_999)).mean(axis=1)  # drawn at once, as the parts are
+    assert bootstrap_interval(values, seed=0, resamples=300) == tuple(np.percentile(whole, [2.5, 97.5]))
+
+
 def test_rows_survive_the_file(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(rows_to_csv(ROWS))
