@@ -81,6 +81,7 @@ def run(task: Task, *, config_name: str) -> None:
             fail(explain(error, config_name))
 
     job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+    sys.argv[1:] = [quote_null(argument) for argument in sys.argv[1:]]
     try:
         job()
     except UserError as error:
@@ -93,6 +94,14 @@ def run(task: Task, *, config_name: str) -> None:
         fail(f"cannot make the run folder {error.filename or ''} ({error.strerror}); choose another one with outputs=FOLDER")
     except KeyboardInterrupt:
         fail("interrupted; the same command again goes on, what is finished is kept", code=130)
+
+
+def quote_null(argument: str) -> str:
+    """`prompter=null` (alone or in a sweep) names the config null.yaml, which Hydra would read as "nothing"."""
+    group, equals, value = argument.partition("=")
+    if not equals or not (CONF / group / "null.yaml").is_file():
+        return argument
+    return group + equals + ",".join("'null'" if part == "null" else part for part in value.split(","))
 
 
 def fail(sentence: str, *, code: int = 2) -> None:
@@ -159,10 +168,10 @@ def resolve(config_name: str) -> DictConfig:
 def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) -> DictConfig:
     """`resolve` for given overrides. In a sweep a fixed part may differ from the command line: other jobs use that."""
     groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    typed = [quote_null(override) for override in typed]
     parsed = OverridesParser.create().parse_overrides(list(typed))
     chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not o.is_delete()}
-    # `prompter=null` means the config of that name, which Hydra would read as "no such group".
-    own = [f"{key}='null'" if value is None else f"{key}={value}" for key, value in chosen.items()]
+    own = [f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in chosen.items()]
     rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
 
     draft = _compose(config_name, [*own, *rest])
@@ -171,7 +180,7 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     method, profile = draft.method, draft.profile
     binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
     for group, name in method.fixes.items():
-        if group in chosen and str(chosen[group]) != name and not (name == "null" and chosen[group] is None):
+        if group in chosen and str(chosen[group]) != name:
             if not sweep:
                 raise UserError(f"method={method.name} always uses {group}={name}; leave {group}={chosen[group]} out")
             rest = [override for override in rest if not override.lstrip("+~").startswith(f"{group}.")]
