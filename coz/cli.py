@@ -143,7 +143,7 @@ def _setting_names(config_name: str) -> list[str]:
     for group in groups:
         for file in (CONF / group).glob("*.yaml"):
             loaded = OmegaConf.load(file)
-            nested += [f"{group}.{key}" for key in loaded if isinstance(loaded, DictConfig)]
+            nested += [f"{group}.{key}" for key in map(str, loaded) if isinstance(loaded, DictConfig)]
     return [*map(str, top), *groups, *nested]
 
 
