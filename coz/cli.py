@@ -54,6 +54,7 @@ class ConsoleHandler(logging.Handler):
 
 def run(task: Task, *, config_name: str) -> None:
     """Run a Hydra task so that a user's mistake ends in one sentence on stderr and exit code 2."""
+    sys.argv[1:] = [_null_as_name(argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting with 1
     logging.raiseExceptions = False  # a full disk must not print a traceback per log line
     job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
@@ -66,6 +67,14 @@ def run(task: Task, *, config_name: str) -> None:
         fail(explain(error, config_name))
     except KeyboardInterrupt:
         fail("interrupted; the same command again goes on, what is finished is kept", code=130)
+
+
+def _null_as_name(argument: str) -> str:
+    """`prompter=null` names a config, also as one of a sweep's; Hydra takes an unquoted null for "no value" and refuses it."""
+    group, equals, value = argument.partition("=")
+    if not equals or not (CONF / group / "null.yaml").is_file():
+        return argument
+    return f"{group}={re.sub(r'(?<![^,])null(?![^,])', chr(39) + 'null' + chr(39), value)}"
 
 
 def fail(sentence: str, *, code: int = 2) -> None:
@@ -131,7 +140,7 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     parsed = OverridesParser.create().parse_overrides(list(typed))
     chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not o.is_delete()}
     # `prompter=null` means the config of that name, which Hydra would read as "no such group".
-    own = [f"{key}='null'" if value is None else f"{key}={value}" for key, value in chosen.items()]
+    own = [f"{key}='null'" if value in (None, "null") else f"{key}={value}" for key, value in chosen.items()]
     rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
 
     draft = _compose(config_name, [*own, *rest])
