@@ -19,6 +19,8 @@ from coz.errors import UserError
 
 _VARIANCE = 0.01  # of the weights, in units of the tile's squared side, as OSEDiff and SeeSR have it
 _LARGEST_DENOMINATOR = 32
+_SEGMENT_PX = 32
+_FLAT_ENERGY = 0.25  # below it lies the rounding to 8 bits
 
 
 @dataclass(frozen=True)
@@ -211,27 +213,46 @@ def blend(plan: TilePlan, block: Box, tiles: Sequence[Tile], read: Callable[[Til
     return np.rint(total).clip(0, 255).astype(np.uint8)
 
 
-def seam_score(image: np.ndarray, borders: tuple[Sequence[int], Sequence[int]], *, band_px: int = 2) -> float:
-    """Gradient energy across tile borders against that close by: 1 without seams, more where they show.
+def seam_score(
+    image: np.ndarray, borders: tuple[Sequence[int], Sequence[int]], *, band_px: int = 2, beside_px: int = 32
+) -> float:
+    """Gradient energy across tile borders against that on both sides of them: 1 without seams, more where they show.
+
+    The geometric mean over short segments of the borders. The picture's own edges, which lie at a border here and beside
+    one there, cancel only over many segments: compare with the score of the same picture made without tiles.
 
     Args:
-        image: (H, W, 3).
+        image: (H, W, 3) uint8.
         borders: rows and columns where something could show, see `TilePlan.borders`.
         band_px: how far from a border still counts as at it.
+        beside_px: how far away the energy is compared with.
     """
-    at, beside = [], []
+    return float(np.exp(np.mean(seam_lines(image, borders, band_px=band_px, beside_px=beside_px) or [0.0])))
+
+
+def seam_lines(
+    image: np.ndarray, borders: tuple[Sequence[int], Sequence[int]], *, band_px: int = 2, beside_px: int = 32
+) -> list[float]:
+    """The mean logarithm of the ratio of `seam_score` over the segments of each border."""
+    ratios: list[float] = []
     for axis, lines in enumerate(borders):
-        # One channel at a time and squared in place: a strip of a large picture is large.
-        steps = sum(np.diff(image[..., channel].astype(np.float32), axis=axis) ** 2 for channel in range(3))
-        energy = steps.mean(1 - axis)  # per line between two pixels; entry i lies between i and i + 1
-        places = np.arange(len(energy)) + 1
-        distance = np.min(np.abs(places[:, None] - np.asarray(lines)[None]), axis=1) if len(lines) else None
-        if distance is None:
-            continue
+        across = image if axis == 0 else image.transpose(1, 0, 2)
         for line in lines:
-            near = np.abs(places - line)
-            here, around = near <= band_px, (near > 20) & (near <= 60) & (distance > 16)
-            if around.any():
-                at.append(energy[here].mean())
-                beside.append(energy[around].mean())
-    return float(np.sum(at) / np.sum(beside)) if np.sum(beside) > 0 else 1.0
+            here = _band_energy(across, line, band_px)
+            sides = [line - beside_px, line + beside_px]
+            clear = [side for side in sides if all(abs(side - other) > 2 * band_px for other in lines)]
+            bands = [band for side in clear if (band := _band_energy(across, side, band_px)) is not None]
+            if here is not None and len(bands) == 2:
+                ratios.append(float((np.log(here) - (np.log(bands[0]) + np.log(bands[1])) / 2).mean()))
+    return ratios
+
+
+def _band_energy(across: np.ndarray, line: int, band_px: int) -> np.ndarray | None:
+    """Mean squared step over the lines near one, in segments along it; None where the picture ends."""
+    if line - band_px - 1 < 0 or line + band_px + 1 > len(across):
+        return None
+    steps = np.diff(across[line - band_px - 1 : line + band_px + 1].astype(np.float32), axis=0) ** 2
+    energy = steps.mean((0, 2))
+    segments = len(energy) // _SEGMENT_PX
+    energy = energy[: segments * _SEGMENT_PX].reshape(segments, _SEGMENT_PX).mean(1)
+    return energy + _FLAT_ENERGY

@@ -67,6 +67,7 @@ def test_bicubic_in_tiles_shows_no_seam(tmp_path):
     assert np.abs(tiled.astype(int) - whole).max() <= 1
     borders = result.plans[0].borders(0), result.plans[0].borders(1)
     assert seam_score(tiled, borders) == pytest.approx(seam_score(whole, borders), rel=0.02)
+    assert result.seams()[0] == pytest.approx(1, abs=0.02)
 
 
 def toned(lr, size):
@@ -85,6 +86,7 @@ def test_the_seam_score_sees_hard_borders_and_weights_remove_them(tmp_path):
         borders = plan.borders(0), plan.borders(1)
         clean = seam_score(to_uint8(resize(from_pil(photo), 800))[0], borders)
         scores[overlap_px] = seam_score(read_all(result), borders) / clean
+        assert result.seams()[0] == pytest.approx(scores[overlap_px], rel=0.25)
     assert scores[0] > 1.5
     assert scores[64] - 1 < 0.1 * (scores[0] - 1)
 

@@ -32,7 +32,8 @@ def main(_: DictConfig) -> None:
     print(f"{width} x {height} px, {finished} of {enlarger.tiles} tiles are there -> {enlarger.folder}")
     with tqdm(total=enlarger.tiles, initial=finished, desc="enlarge", unit="tile", disable=None) as bar:
         result = enlarger.run(lambda step, tile: bar.update())
-    print(f"seams {result.seams():.3f} (1: none) -> {result.folder / 'image.ome.zarr'}")
+    score, error = result.seams()
+    print(f"seams {score:.3f} ± {error:.3f} (1: none) -> {result.folder / 'image.ome.zarr'}")
     if config.tiff:
         print(f"tiff -> {result.write_bigtiff(result.folder / 'image.tif')}")
 

@@ -278,7 +278,8 @@ def _whole(
 def _result(name: str, result: Enlargement) -> list:
     height, width = result.size
     frame = f'<iframe src="/coz/view/{name}" title="the enlarged picture"></iframe>'
-    status = f"finished: {width} x {height} px, seams {result.seams(strips=2):.3f} (1: none)"
+    score, error = result.seams()
+    status = f"finished: {width} x {height} px, seams {score:.3f} ± {error:.3f} (1: none)"
     if height * width > _TIFF_LIMIT_PX:
         return [f"{status}; in {result.folder / 'image.ome.zarr'}", frame, gr.update(visible=False)]
     path = result.folder / "image.tif"
