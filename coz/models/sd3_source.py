@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from coz.checkpoint import WrongWeights, folder_digest, hub_folder, split_revision
+from coz.checkpoint import WrongWeights, folder_digest, hub_folder, split_repository
 from coz.models.diffusers_folder import (
     Shapes,
     check_component,
@@ -109,7 +109,7 @@ class FolderSource:
     @property
     def fingerprint(self) -> str:
         if self.folder.parent.name == "snapshots":  # a hub's snapshot is named by its commit
-            return f"{split_revision(self._weights)[0]}@{self.folder.name}"
+            return f"{split_repository(self._weights)[0]}@{self.folder.name}"
         return folder_digest(self.folder, [*self._patterns, "*/*.json", "*/*.txt", "*/*.model"])
 
     @functools.cached_property
@@ -194,7 +194,7 @@ class RandomSource:
         with self._seeded(device, stream=0):
             model = SD3Transformer2DModel.from_config(self.config.transformer)
         table = model.pos_embed.pos_embed.to(device)
-        model = model.to(device, dtype)
+        model = torch.nn.Module.to(model, device, dtype)  # diffusers' own warns of a cast that is meant
         model.pos_embed.pos_embed = table
         return model.eval().requires_grad_(False)
 
@@ -203,7 +203,7 @@ class RandomSource:
 
         with self._seeded(device, stream=1):
             model = AutoencoderKL.from_config(self.config.vae)
-        return model.to(device, dtype).eval().requires_grad_(False)
+        return torch.nn.Module.to(model, device, dtype).eval().requires_grad_(False)
 
     def text_encoder(self, name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         device = torch.device("cuda" if self.size == "full" and torch.cuda.is_available() else "cpu")
