@@ -68,6 +68,12 @@ def check_scale(scale: float) -> None:
         raise UserError(f"scale={scale:g} is out of range; give a magnification above 1 and up to {MAX_SCALE}")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is no whole number."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UserError(f"seed={seed} must be a whole number")
+
+
 def seed_of(seed: int, identity: str, step: int) -> int:
     """The seed of one image at one step: by identity, so that order, batch and resuming change nothing."""
     digest = hashlib.sha256(f"{seed}\0{identity}\0{step}".encode()).digest()

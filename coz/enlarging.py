@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from coz.backbones.base import Backbone
-from coz.chain import plan_factors, seed_of
+from coz.chain import check_seed, plan_factors, seed_of
 from coz.errors import UserError
 from coz.image import from_pil, read_photo, resize, to_uint8
 from coz.parts import Enlarge, build_parts
@@ -109,8 +109,9 @@ class Enlarger:
         """
         import_zarr()
         check_mode(settings.prompts, settings.grid)
-        if settings.batch_size < 1:
-            raise UserError(f"batch_size={settings.batch_size} must be at least 1")
+        check_seed(settings.seed)
+        if not isinstance(settings.batch_size, int) or settings.batch_size < 1:
+            raise UserError(f"batch_size={settings.batch_size} must be a whole number of at least 1")
         self.folder, self._settings, self._photo = Path(folder), settings, photo
         plans, size = [], (photo.height, photo.width)
         for factor in factors:

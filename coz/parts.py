@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,16 +97,16 @@ def build_parts(
             built_backbone = _build_node(config, "backbone")
         if built_prompter is None:
             built_prompter = _build_node(config, "prompter")
-    return built_backbone, built_prompter  # type: ignore[return-value]
+    return built_backbone, built_prompter
 
 
-def parts_of(config: object) -> tuple[Backbone, Prompter]:
+def parts_of(config: Any) -> tuple[Backbone, Prompter]:
     """The backbone and prompter of a resolved configuration.
 
     Raises:
         UserError: the profile lacks one, or its weights are not on this machine.
     """
-    return _build_node(config, "backbone"), _build_node(config, "prompter")  # type: ignore[return-value]
+    return _build_node(config, "backbone"), _build_node(config, "prompter")
 
 
 def as_backbone(value: object) -> Backbone:
@@ -121,7 +122,7 @@ def as_backbone(value: object) -> Backbone:
     raise UserError(f"backbone={value!r} is neither a config's name, nor a backbone, nor a function (lr, size) -> image")
 
 
-def _compose(overrides: Sequence[str]) -> object:
+def _compose(overrides: Sequence[str]) -> Any:
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -135,15 +136,15 @@ def _compose(overrides: Sequence[str]) -> object:
             raise UserError(cli.explain(error, "zoom")) from error
 
 
-def _build_node(config: object, group: str) -> object:
+def _build_node(config: Any, group: str) -> Any:
     from coz import cli
     from coz.checkpoint import WeightsNotFound
 
-    if group == "prompter" and config.lacking:  # type: ignore[attr-defined]
-        raise cli.NotHere(str(config.lacking))  # type: ignore[attr-defined]
+    if group == "prompter" and config.lacking:
+        raise cli.NotHere(str(config.lacking))
     try:
-        return cli.build(config[group])  # type: ignore[index]
+        return cli.build(config[group])
     except WeightsNotFound as error:
         hint = "; `profile=embedded` runs at once with weights that come with pip"
-        profile = config.profile.name  # type: ignore[attr-defined]
+        profile = config.profile.name
         raise WeightsNotFound(f"{error}{hint if profile == 'paper' else ''}") from error

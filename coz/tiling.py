@@ -160,6 +160,9 @@ def plan_tiles(source_size: tuple[int, int], factor: float, *, tile_px: int = 51
     Raises:
         UserError: a tile that is not larger than the overlap, or too small for the factor.
     """
+    for name, value in (("tile_px", tile_px), ("overlap_px", overlap_px)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{name}={value} must be a whole number of pixels")
     ratio = Fraction(factor).limit_denominator(_LARGEST_DENOMINATOR)
     if tile_px < 16 or overlap_px < 0 or overlap_px >= tile_px:
         raise UserError(f"tile_px={tile_px} must exceed overlap_px={overlap_px} and be at least 16; lower overlap_px")

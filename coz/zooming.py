@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from coz.backbones.base import Backbone
-from coz.chain import FirstPair, StepSettings, plan_factors, richest_corner, seed_of, take_step
+from coz.chain import FirstPair, StepSettings, check_seed, plan_factors, richest_corner, seed_of, take_step
 from coz.errors import UserError
 from coz.framing import Frame, Point, Rect, Window, between, frame_of, parse_rect
 from coz.image import Rounding, from_pil, read_photo, to_pil
@@ -302,9 +302,27 @@ def _plain(value: Frame | Window) -> dict[str, object]:
     return asdict(value)
 
 
+def step_settings(
+    backbone: Backbone, prompter: Prompter, *, rounding: Rounding, first_pair: FirstPair, seed: int
+) -> StepSettings:
+    """What every step has in common, checked.
+
+    Raises:
+        UserError: an unknown rounding or first pair, a seed that is none.
+    """
+    if rounding not in ("round", "truncate"):
+        raise UserError(f"rounding={rounding} is unknown; use round or truncate")
+    if first_pair not in ("released", "paper"):
+        raise UserError(f"first_pair={first_pair} is unknown; use released or paper")
+    check_seed(seed)
+    return StepSettings(backbone, prompter, rounding, first_pair)
+
+
 def check_words(words: Mapping[int, str], steps: int) -> dict[int, str]:
     """Prompts by step, refused where there is no such step."""
     checked = {}
+    if not isinstance(words, Mapping):
+        raise UserError(f"prompts={words} gives no words by step; write prompts='{{2: a tabby cat}}'")
     for step, text in words.items():
         if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= steps:
             raise UserError(f"prompts has words for step {step}; this zoom has steps 1 to {steps}")
@@ -371,7 +389,7 @@ def zoom(
     )
     words = check_words(prompts or {}, len(route.factors))
     built = build_parts(backbone=backbone, prompter=prompter, profile=profile, device=device, precision=precision)
-    settings = StepSettings(built[0], built[1], rounding, first_pair)
+    settings = step_settings(*built, rounding=rounding, first_pair=first_pair, seed=seed)
     zoomer = Zoomer(image, route, settings, seed, words, None if store is None else StateStore(store))
     about = {"backbone": dict(built[0].fingerprint), "prompter": dict(built[1].fingerprint), "seed": seed}
     return Zoom(tuple(zoomer), image, about)

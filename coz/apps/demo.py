@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see evaluate.py
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from typing import TYPE_CHECKING
+
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -19,6 +21,12 @@ from coz.apps.arguments import friendly
 from coz.data.photos import list_photos
 from coz.errors import UserError
 from coz.parts import parts_of
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from coz.backbones.base import Backbone
+    from coz.prompters.base import Prompter
 
 _EMBEDDED = {"backbone": ("realesrgan", "span", "bicubic"), "prompter": ("tags", "null")}
 
@@ -56,7 +64,7 @@ def check_server(config: DictConfig) -> None:
             raise UserError(f"{config.host}:{config.port} cannot be had ({error.strerror}); choose another port") from error
 
 
-def build_app(config: DictConfig) -> object:
+def build_app(config: DictConfig) -> FastAPI:
     """The server: Gradio's page, the viewer, and the policy that keeps both on this machine.
 
     Raises:
@@ -70,7 +78,7 @@ def build_app(config: DictConfig) -> object:
     from coz.apps.studio import Limits, Studio
     from coz.apps.viewer import LocalOnly, add_viewer
 
-    own = dict(zip(("backbone", "prompter"), parts_of(config), strict=True))
+    own: dict[str, Backbone | Prompter] = dict(zip(("backbone", "prompter"), parts_of(config), strict=True))
     names = {group: list(dict.fromkeys([str(config.choices[group]), *_EMBEDDED[group]])) for group in own}
     outputs = Path(config.outputs).resolve() / "demo"
     studio = Studio(

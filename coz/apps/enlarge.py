@@ -65,7 +65,7 @@ def prepare(config: DictConfig) -> Enlarger:
     if folder is None:
         plain = OmegaConf.to_container(config, resolve=True)
         assert isinstance(plain, dict)
-        without = {key: value for key, value in plain.items() if key not in ("tiff", "outputs", "batch_size", "folder")}
+        without = {str(key): value for key, value in plain.items() if key not in ("tiff", "outputs", "batch_size", "folder")}
         stem = Path(str(config.image)).stem
         folder = Path(config.outputs) / "enlarge" / f"{stem}_{config.scale:g}x_{fingerprint(without)[:8]}"
     return Enlarger(photo, Path(folder), factors=factors, settings=settings)

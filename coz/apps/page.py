@@ -35,7 +35,7 @@ def build_page(studio: Studio, *, samples: Sequence[Photo], backbones: Sequence[
         samples: photographs to choose from.
         backbones, prompters: their configs' names, the first chosen at the start.
     """
-    with gr.Blocks(title="Chain-of-Zoom", analytics_enabled=False) as page:
+    with gr.Blocks(title="Chain-of-Zoom", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.Markdown("# Chain-of-Zoom\nDrop a picture or choose one, click where to zoom, and watch it come closer.")
         photo, request = gr.State(None), gr.State(None)
         with gr.Row():

@@ -14,13 +14,12 @@ from tqdm import tqdm
 
 from coz import cli
 from coz.apps.arguments import friendly
-from coz.chain import StepSettings
 from coz.errors import UserError
 from coz.image import read_photo
 from coz.parts import parts_of
 from coz.store import StateStore
 from coz.zoom_files import save_state, save_zoom
-from coz.zooming import MIN_SIDE_PX, Zoom, Zoomer, check_words, plan_route
+from coz.zooming import MIN_SIDE_PX, Zoom, Zoomer, check_words, plan_route, step_settings
 
 
 def main(_: DictConfig) -> None:
@@ -58,7 +57,7 @@ def prepare(config: DictConfig) -> tuple[Zoomer, dict[str, object]]:
 
         check_film(fps=config.film_fps, seconds_per_step=config.film_seconds)
     backbone, prompter = parts_of(config)
-    settings = StepSettings(backbone, prompter, config.rounding, config.first_pair)
+    settings = step_settings(backbone, prompter, rounding=config.rounding, first_pair=config.first_pair, seed=config.seed)
     store = StateStore(Path(config.outputs) / "zoom" / "states")
     about = {"backbone": dict(backbone.fingerprint), "prompter": dict(prompter.fingerprint), "seed": config.seed}
     return Zoomer(photo, route, settings, config.seed, words, store), about
