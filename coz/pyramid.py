@@ -175,7 +175,7 @@ class Pyramid:
 
 
 def write_bigtiff(pyramid: Pyramid, path: str | Path) -> Path:
-    """The pyramid as a tiled BigTIFF with its levels as sub-images, which QuPath, Photoshop and libvips open.
+    """The pyramid as a tiled BigTIFF with its levels as sub-images (SubIFDs, as OME-TIFF has them).
 
     Raises:
         UserError: the disk lacks room.
