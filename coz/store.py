@@ -77,6 +77,24 @@ def write_json(path: str | Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A private path beside `path` for a writer that wants a file name; it takes `path`'s place when the block ends well.
+
+    Raises:
+        CannotWrite: full disk, missing permission, read-only file system.
+    """
+    path = Path(path)
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".{path.name}.{_private_name()}"
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def _private_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}.tmp"
 
