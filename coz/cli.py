@@ -56,6 +56,8 @@ def run(task: Task, *, config_name: str) -> None:
     """Run a Hydra task so that a user's mistake ends in one sentence on stderr and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting with 1
     logging.raiseExceptions = False  # a full disk must not print a traceback per log line
+    # Hydra reads `prompter=null` as no group at all; it means the config of that name.
+    sys.argv[1:] = [f"{word[:-4]}'null'" if _names_null_config(word) else word for word in sys.argv[1:]]
     job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
     try:
         with explain_write_errors("the run folder"):
@@ -66,6 +68,11 @@ def run(task: Task, *, config_name: str) -> None:
         fail(explain(error, config_name))
     except KeyboardInterrupt:
         fail("interrupted; the same command again goes on, what is finished is kept", code=130)
+
+
+def _names_null_config(override: str) -> bool:
+    group, _, value = override.partition("=")
+    return value == "null" and (CONF / group / "null.yaml").is_file()
 
 
 def fail(sentence: str, *, code: int = 2) -> None:
@@ -115,6 +122,8 @@ def resolve(config_name: str) -> DictConfig:
     """The configuration of the running job: profile, then method, then the profile's word on that method, then the
     command line, whichever order it was typed in.
 
+    A profile may also set values of a certain entry point (`sets.<config>`); one whose key the chosen parts lack is left out.
+
     `config.lacking` says what of the method the profile cannot give, and is empty where it can.
 
     Raises:
@@ -131,10 +140,17 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     parsed = OverridesParser.create().parse_overrides(list(typed))
     chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not o.is_delete()}
     # `prompter=null` means the config of that name, which Hydra would read as "no such group".
-    own = [f"{key}='null'" if value is None else f"{key}={value}" for key, value in chosen.items()]
+    own = [f"{key}='null'" if value in (None, "null") else f"{key}={value}" for key, value in chosen.items()]
     rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
 
     draft = _compose(config_name, [*own, *rest])
+    if "profile" in draft and config_name in draft.profile.get("sets", {}):
+        sets = {str(key): value for key, value in draft.profile.sets[config_name].items()}
+        own = [*(f"{key}={value}" for key, value in sets.items() if key in groups and key not in chosen), *own]
+        draft = _compose(config_name, [*own, *rest])
+        present = [key for key in sets if key not in groups and OmegaConf.select(draft, key, default=draft) is not draft]
+        rest = [*(f"{key}={_as_override(sets[key])}" for key in present), *rest]  # what was typed comes later and wins
+        draft = _compose(config_name, [*own, *rest])
     if "method" not in draft or "profile" not in draft:
         return draft
     method, profile = draft.method, draft.profile
@@ -152,6 +168,10 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
             reason = f"method={method.name} needs {group}={name}, which profile={profile.name} lacks: {profile.lacks[name]}"
             config.lacking = reason
     return config
+
+
+def _as_override(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
