@@ -109,7 +109,7 @@ def chain_pairs(
         )
     written = json.loads(file.read_text(encoding="utf-8"))
     rows = [row | {"path": str(file.parent / row["path"])} for row in written["pairs"]]
-    train, validation = split_photos(sorted({row["photo"] for row in rows}), share=validation_share, seed=seed)
+    _, validation = split_photos(sorted({row["photo"] for row in rows}), share=validation_share, seed=seed)
     make = ChainPairMaker(messages=chat_messages(context="pair", layout=layout, question=question))
     held_out = set(validation)
     return Pairs(
