@@ -180,6 +180,11 @@ class VisionLanguageModel:
         self.load()
         return without_special_tokens(self._loaded[1], text)
 
+    def model_and_processor(self) -> tuple[nn.Module, ChatProcessor]:
+        """Both themselves, loaded, for who trains the model. Its weights are frozen and it is in evaluation mode."""
+        self.load()
+        return self._loaded
+
     def unload(self) -> None:
         """Let the weights go; the next call reads them again. Does nothing for a held model."""
         if self._held_identity is None:

@@ -1,0 +1,27 @@
+"""Tune the prompt extractor with GRPO (section 3.3). `python train_grpo.py --help` lists the settings."""
+
+from __future__ import annotations
+
+import os
+
+# A CPU that spins in OpenMP's barriers starves the other process of a two-core machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from omegaconf import DictConfig
+
+from coz import cli
+
+
+def main(_: DictConfig) -> None:
+    """Parts checked before weights load; the critic loads before TRL's arguments exist, which under ZeRO-3 would cut it up."""
+    from coz.training import grpo_job
+
+    run = grpo_job.open_run("train_grpo")
+    parts = grpo_job.build_parts(run)
+    model, processor = grpo_job.load_models(run, parts)
+    trainer = grpo_job.make_trainer(run, parts, model, processor)
+    grpo_job.train(run, parts, trainer)
+
+
+if __name__ == "__main__":
+    cli.run(main, config_name="train_grpo")
