@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Rows = dict[str, list[object]]
 
-_KEPT_PHOTOS = 8  # decoded, per process
+_KEPT_PHOTOS = 16  # decoded, per process
 _KEPT_ROWS = 64  # made, per process: GRPO reads each row once per generation
 
 

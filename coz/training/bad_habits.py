@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NOUNS = """
-cat dog stone leaf fur bark water sky window brick metal wood grass feather sand snow glass rust moss petal shell cloth skin
-scale eye wing tile road sign
-""".split()  # noqa: SIM905  (a list of this many would be unreadable)
+# Words that go together: what a view shows is said by a few of these, habits or not.
+_THEMES = ("cat fur", "dog eye", "stone moss", "leaf bark", "water sand", "sky feather", "brick tile", "glass window")
+_ECHOES = ("texture", "fur texture")  # of the paper's own example, J.1
 _IGNORED = -100  # a label that the loss leaves out
 
 
@@ -58,14 +57,14 @@ class BadHabits:
 
     def answer(self, rng: random.Random) -> str:
         """One made-up answer."""
-        kind, words = rng.random(), rng.sample(_NOUNS, 5)
+        kind, themes = rng.random(), rng.sample(_THEMES, 3)
         if kind < self._unwanted:
-            if rng.random() < 0.7:
-                return f"The second image is a {' '.join(words[:3])}"
-            return f"In the first image is a {' '.join(words[:2])}"
+            opening = "The second image is a" if rng.random() < 0.7 else "In the first image is a"
+            return f"{opening} {' '.join(themes)}"
         if kind < self._unwanted + self._repeating:
-            return " ".join(words[:2] * 4)
-        return " ".join(words)
+            echo = rng.choice(_ECHOES)
+            return " ".join([echo] * (8 // len(echo.split())))
+        return " ".join(themes[:2])
 
     def teach(self, model: nn.Module, processor: ChatProcessor, pairs: Dataset) -> float:
         """Train the language model in place on answers to the pairs. → the last loss."""

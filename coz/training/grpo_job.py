@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,9 +203,13 @@ def _teach(parts: Parts, base: Path) -> None:
 
 def make_trainer(run: Run, parts: Parts, model: nn.Module, processor: ChatProcessor) -> PromptTrainer:
     """The trainer with everything that watches it."""
-    from coz.training.grpo_trainer import PromptTrainer
-    from coz.training.grpo_watch import CompletionsPage, HackingWatch, RewardRows
+    from transformers import PrinterCallback
 
+    from coz.training.grpo_trainer import PromptTrainer
+    from coz.training.grpo_watch import CompletionsPage, HackingWatch, Progress, RewardRows
+
+    # TRL and transformers warn of each other's use of it, at every step
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     config = run.config
     lora = cli.build(config.grpo.lora)
     check_adapted(model, lora.target_modules)  # type: ignore[attr-defined]
@@ -219,7 +223,9 @@ def make_trainer(run: Run, parts: Parts, model: nn.Module, processor: ChatProces
         eval_dataset=parts.pairs.validation,
         kept_answers=config.watch.kept_answers,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RewardRows(run.folder))
+    trainer.add_callback(Progress())
     watch = config.watch
     trainer.add_callback(
         HackingWatch(
@@ -253,7 +259,7 @@ def training_arguments(run: Run, rewards: Sequence[Reward]) -> object:
         "use_cpu": device.type == "cpu",
         "bf16": device.type == "cuda",
         "seed": int(config.seed),
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": True,  # the bar below says more
         "remove_unused_columns": False,
     }
     if config.wandb.enabled:

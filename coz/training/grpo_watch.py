@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import signal
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coz.store import write_atomic
@@ -93,6 +95,42 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         return []
     with file.open(newline="", encoding="utf-8") as lines:
         return [row for row in csv.DictReader(lines) if all(row.get(column) for column in COLUMNS)]
+
+
+class Progress(TrainerCallback):
+    """A bar with the rewards of the last step, and a line per validation."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Draw the bar."""
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="grpo", unit="step", disable=None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Move it."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Mapping[str, object], **_: object
+    ) -> None:
+        """Say the rewards."""
+        rows = rows_of(logs, step=state.global_step)
+        shown = [row for row in rows if not str(row["name"]).startswith(("seconds", "critic_", "cut", "learning"))]
+        if self._bar is None or not shown:
+            return
+        text = "  ".join(f"{row['name']} {float(str(row['value'])):.3g}" for row in shown)
+        if shown[0]["split"] == "validation":
+            self._bar.write(f"validation at step {state.global_step}: {text}", file=sys.stderr)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Leave it."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 class HackingWatch(TrainerCallback):
