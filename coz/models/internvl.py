@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,8 +94,13 @@ def convert(source: Path, target: Path) -> None:
     _check_vocabulary(tokenizer, config)
     model = load_native(source, image_token_id=tokenizer.convert_tokens_to_ids(CONTEXT))
     _set_generation(model, tokenizer)
-    native_processor(tokenizer, config).save_pretrained(target)
-    model.save_pretrained(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as partial:  # never half a folder
+        native_processor(tokenizer, config).save_pretrained(partial)
+        model.save_pretrained(partial)
+        Path(partial).chmod(0o755)
+        Path(partial).rename(target)
+        Path(partial).mkdir()  # for the clean-up
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: dict[str, Any]) -> None:
