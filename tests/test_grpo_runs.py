@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 class CountingCritic:
     """Likes short answers. Fails on some, kills the process or the server at a certain call."""
 
-    fingerprint = {"name": "counting"}  # noqa: RUF012
+    fingerprint = {"name": "counting"}
 
     def __init__(self):
         self.calls = 0

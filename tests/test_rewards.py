@@ -104,7 +104,7 @@ def test_wrong_settings_are_named():
 class FakeCritic:
     """Scores by the text's length; fails on the word "fail"."""
 
-    fingerprint = {"name": "fake"}  # noqa: RUF012
+    fingerprint = {"name": "fake"}
 
     def __init__(self):
         self.calls = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
+import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from coz.checkpoint import WeightsNotFound
 from coz.data.zoom_pairs import Pairs
 from coz.errors import UserError
 from coz.models.placement import pick_device
+from coz.store import write_json
 from coz.training.grpo_memory import explain_memory
 
 if TYPE_CHECKING:
@@ -171,6 +174,9 @@ def completions_per_process(grpo: DictConfig, *, processes: int) -> tuple[int, i
 
 def load_models(run: Run, parts: Parts) -> tuple[nn.Module, ChatProcessor]:
     """The critic's weights, then the policy's. A random policy is taught its bad habits once; it then lies in `base/`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if run.rank == 0:
@@ -320,6 +326,26 @@ def _last_step_kept(trainer: PromptTrainer, run: Run) -> Iterator[None]:
         raise UserError(f"{error}; {where}; the same command with run_dir={run.folder} goes on") from error
 
 
+def timing_of(folder: Path) -> dict[str, float]:
+    """Median seconds of a training step and of its parts, and this process's peak memory in GB."""
+    from coz.training.grpo_watch import REWARDS_FILE, read_rows
+
+    rows = [row for row in read_rows(folder / REWARDS_FILE) if row["split"] == "train"]
+    step, generation, rewards = (
+        statistics.median([float(row["value"]) for row in rows if row["name"] == f"seconds_{name}"] or [0.0])
+        for name in ("step", "generation", "rewards")
+    )
+    gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    return {
+        "seconds_per_step": step,
+        "seconds_generation": generation,
+        "seconds_rewards": rewards,
+        "seconds_update": step - generation - rewards,
+        "peak_gpu_gb": gpu,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+
+
 @contextmanager
 def _restoring(stop: object) -> Iterator[None]:
     try:
@@ -332,6 +358,7 @@ def _report(run: Run, parts: Parts) -> None:
     from coz.plots import draw_rewards
     from coz.training.grpo_trainer import ADAPTER_FOLDER
 
+    write_json(run.folder / "timing.json", timing_of(run.folder))
     figure = draw_rewards([run.folder], out=run.folder / "rewards.png")
     for reward in parts.rewards:
         if getattr(reward, "failed", 0):
