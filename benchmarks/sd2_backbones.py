@@ -147,6 +147,7 @@ def remember_prompts(model: object) -> None:
 
 def set_folding(fold: bool) -> Setting:
     def setting(model: object) -> None:
+        model.fold_lora = fold
         for net in networks(model):
             for layer in net.modules():
                 if isinstance(layer, sd2_lora.ModulatedLayer):
@@ -179,10 +180,10 @@ OPTIMISATIONS: dict[str, dict[str, Setting]] = {
         "straightforward": straightforward,
         "fused attention": use_fused_attention,
         "prompts encoded once": remember_prompts,
-        "adapters folded": set_folding(True),
         "guidance in one call": guide_in_one_call,
         "tiles in batches": batch_tiles,
         "images in batches": batch_images,
+        "adapters folded": set_folding(True),  # for which the UNet and the encoder go back to one image per call
     },
     "seesr": {
         "straightforward": straightforward,

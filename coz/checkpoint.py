@@ -82,19 +82,18 @@ def hub_folder(weights: str, *, patterns: Sequence[str], what: str, size_gb: flo
     return folder
 
 
-def split_revision(weights: str) -> tuple[str, str | None]:
-    """`owner/name@revision` → its two parts."""
+def split_repository(weights: str) -> tuple[str, str | None, str]:
+    """`[spaces/]owner/name[@revision]` → (owner/name, revision, kind of repository)."""
     name, _, revision = weights.partition("@")
-    return name, revision or None
+    kind = "space" if name.startswith("spaces/") else "model"
+    return name.removeprefix("spaces/"), revision or None, kind
 
 
 def _cached_snapshot(weights: str, patterns: Sequence[str], what: str, size_gb: float, licence: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    name, revision = split_revision(weights)
-    kind = "space" if name.startswith("spaces/") else "model"
-    name = name.removeprefix("spaces/")
+    name, revision, kind = split_repository(weights)
     try:
         return Path(
             snapshot_download(name, revision=revision, repo_type=kind, local_files_only=True, allow_patterns=list(patterns))

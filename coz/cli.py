@@ -36,8 +36,14 @@ CONF = REPOSITORY / "conf"
 Task = Callable[[DictConfig], None]
 
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+OmegaConf.register_new_resolver("weights", lambda own, *, _root_: _profile_weights(_root_) or own, replace=True)
 # A released file that goes with a model's released weights; random weights have none.
 OmegaConf.register_new_resolver("released", lambda weights, file: None if weights == "random" else file, replace=True)
+
+
+def _profile_weights(config: DictConfig) -> str | None:
+    """What the profile puts in the place of every model's own weights: `random`, or nothing."""
+    return OmegaConf.select(config, "profile.weights")
 
 
 class NotHere(UserError):

@@ -188,7 +188,7 @@ class StateMaker:
                     return False
                 stored = [self._store.get(key) for key in keys]  # another process may have finished meanwhile
                 if not all(stored):
-                    stored = self._compute(batch, images, views, seeds, keys, step, stored)
+                    stored = [*self._compute(batch, images, views, seeds, keys, step, stored)]
         for lineage, view, state in zip(batch, views, stored, strict=True):
             assert state is not None
             lineage.region = lineage.region.inside(view, self._plan.start_px)

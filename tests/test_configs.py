@@ -108,7 +108,10 @@ def test_tiny_means_small_and_random():
     assert config.backbone.weights == "random"
     assert config.backbone.size == "tiny"
     assert config.backbone.lora is None
-    assert _resolve("method=coz_null").backbone.lora.endswith(".pkl")
+    full = _resolve("method=coz_vlm")
+    assert full.backbone.weights.startswith("stabilityai/")
+    assert full.backbone.lora.endswith(".pkl")
+    assert full.prompter.weights.startswith("Qwen/")
 
 
 def test_a_sweep_keeps_its_parts():

@@ -82,6 +82,7 @@ def test_batches_equal_single_images(name, models, views, monkeypatch):
     monkeypatch.setattr(model, "color_fix", "none")  # which works on 8-bit pictures and amplifies a level
     together = model(views, size=(56, 72), prompts=prompts, seeds=seeds)
     monkeypatch.setattr(model, "batch_size", 3)
+    monkeypatch.setattr(model, "fold_lora", False, raising=False)
     in_threes = model(views, size=(56, 72), prompts=prompts, seeds=seeds)
     for index in range(3):
         alone = model(views[index : index + 1], size=(56, 72), prompts=[prompts[index]], seeds=[seeds[index]])

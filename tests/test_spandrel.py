@@ -97,12 +97,12 @@ def test_the_color_fix_brings_the_views_colours(photo):
 
 
 def test_the_training_layout_is_the_merged_net(span):
-    """SPAN's re-parameterised layout, made from merged kernels, is the same function in both modes (inside the border)."""
-    net = describe(span._path).model
-    x = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    """SPAN's re-parameterised layout, made from merged kernels, is the same function."""
+    net = describe(span._path).model.double()  # SPAN works on a range of 255: in float32 noise alone moves it by 1e-2
+    x = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.inference_mode():
         merged, expanded = net.eval()(x), net.train()(x)
-    torch.testing.assert_close(merged, expanded, rtol=0, atol=1e-4)
+    torch.testing.assert_close(merged, expanded, rtol=0, atol=1e-9)
 
 
 def _write_ncnn(folder, half):

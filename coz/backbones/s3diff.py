@@ -6,6 +6,7 @@ Zhang et al., "Degradation-Guided One-Step Image Super-Resolution with Diffusion
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,7 +51,8 @@ class S3Diff:
         vae_encoder_tile_px, vae_decoder_tile: larger pictures pass the autoencoder in tiles (decoder's in latent px).
         posterior: `sample` the encoder's posterior as the released code does, seeded per image, or take its `mode`.
         color_fix: gives the result the colors of the enlarged input; the authors' default is wavelet.
-        fold_lora: where all tiles of a call belong to one picture, fold the modulated adapters into the weights.
+        fold_lora: work picture by picture and fold its modulated adapters into the weights at every call (1.3x faster per
+            picture on a CPU; not measured on a GPU); False keeps them beside and lets calls mix pictures.
         batch_size, vae_batch_size: most tiles per call of the UNet (doubled by guidance), pictures per call of the autoencoder.
         compile: let PyTorch compile the UNet.
 
@@ -216,7 +218,7 @@ class S3Diff:
     def moments(self, x: Tensor, matrices: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], modulated by (B, 6, r, r) → (B, 8, H/8, W/8)."""
         parts = []
-        for owners in torch.arange(len(x)).split(self.vae_batch_size):
+        for owners in torch.arange(len(x)).split(1 if self.fold_lora else self.vae_batch_size):
             self._modulations["vae"].use(matrices, owners)
             parts.append(self.codec.moments(x[owners.to(x.device)]))
         return torch.cat(parts)
@@ -234,7 +236,8 @@ class S3Diff:
         if self.guidance_scale == 1:
             embeds = embeds[:1]
 
-        def call(crops: Tensor, owners: Tensor, _: list[latent_tiles.Box]) -> Tensor:
+        def call(crops: Tensor, owners: Tensor, _: list[latent_tiles.Box], first: int = 0) -> Tensor:
+            owners = owners + first
             self._modulations["unet"].use(matrices, owners.repeat(len(embeds)))
             text = torch.cat([e[owners.to(device)] for e in embeds])
             crops = crops.to(dtype).repeat(len(embeds), 1, 1, 1)
@@ -242,7 +245,12 @@ class S3Diff:
             return halves[0] if len(embeds) == 1 else torch.lerp(halves[1], halves[0], self.guidance_scale)
 
         tiles = {"tile": self.latent_tile, "overlap": self.latent_overlap, "batch_size": self.batch_size}
-        return latent_tiles.predict_in_tiles(latent, call, **tiles)
+        step = 1 if self.fold_lora else len(latent)
+        parts = [
+            latent_tiles.predict_in_tiles(part, functools.partial(call, first=index * step), **tiles)
+            for index, part in enumerate(latent.split(step))
+        ]
+        return torch.cat(parts)
 
     def denoise(self, latent: Tensor, prediction: Tensor) -> Tensor:
         """The estimate of the clean latent, which a DDPM scheduler of one step computes."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from coz.checkpoint import WrongWeights, folder_digest, hub_folder, split_revision
+from coz.checkpoint import WrongWeights, folder_digest, hub_folder, split_repository
 from coz.models.diffusers_folder import (
     Shapes,
     check_component,
@@ -109,7 +109,7 @@ class FolderSource:
     @property
     def fingerprint(self) -> str:
         if self.folder.parent.name == "snapshots":  # a hub's snapshot is named by its commit
-            return f"{split_revision(self._weights)[0]}@{self.folder.name}"
+            return f"{split_repository(self._weights)[0]}@{self.folder.name}"
         return folder_digest(self.folder, [*self._patterns, "*/*.json", "*/*.txt", "*/*.model"])
 
     @functools.cached_property

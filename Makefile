@@ -1,0 +1,37 @@
+# `make demo` and `make test` make their own virtual environment at the first call; later calls install nothing.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# Wheels are not compiled to bytecode at install: Python does it for the modules that are imported.
+PIP = $(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test test-full lint docs clean
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(VENV)/bin/python pyproject.toml requirements.lock requirements-embedded.txt
+	$(PIP) -c requirements.lock -e '.[embedded]'
+	$(PIP) --no-deps -r requirements-embedded.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -c requirements.lock -e '.[embedded,train,ray,apps,docs,dev]'
+	@touch $@
+
+# Six photographs, three methods, three scales: about three minutes on two cores, and a few more for the first install.
+demo: $(VENV)/.base
+	$(RUN) evaluate.py -m profile=embedded scale=4,16,64 method=nn,direct,coz_null at=sample 'dataset.names=[cat,astronaut,clock,nuthatch,dogs,fig]'
+
+test: $(VENV)/.test
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest
+
+# What needs a GPU or real weights as well: the tests say which they miss.
+test-full: $(VENV)/.test
+	$(RUN) -m pytest -m "gpu or weights or slow or not slow" -rs
+
+clean:
+	rm -rf $(VENV) build *.egg-info
