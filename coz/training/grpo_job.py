@@ -130,7 +130,7 @@ def build_parts(run: Run) -> Parts:
     habits = cli.build(config.grpo.habits)
     if not habits and built["policy"].weights == "random":
         logger.warning("policy.weights=random with grpo.habits.steps=0: a random model's answers carry nothing to learn from")
-    return Parts(built["policy"], rewards, built["pairs"], habits, checkpoint)  # type: ignore[arg-type]
+    return Parts(built["policy"], rewards, cli.build(config.pairs), habits, checkpoint)  # type: ignore[arg-type]
 
 
 def _checkpoint_to_resume(run: Run) -> Path | None:
