@@ -8,17 +8,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from omegaconf import DictConfig
 
-from coz import cli
+from coz import cli, pair_jobs
 
 
 def main(_: DictConfig) -> None:
     """States from the store or computed into it, then an index of the pairs that lie in them."""
-    from coz.training import chain_states
-
-    job = chain_states.open_job("make_pairs")
-    parts = chain_states.build_parts(job)
-    lineages = chain_states.make_states(job, parts)
-    chain_states.write_index(job, parts, lineages)
+    job = pair_jobs.open_job("make_pairs")
+    parts = pair_jobs.build_parts(job)
+    lineages = pair_jobs.make_states(job, parts)
+    pair_jobs.write_index(job, parts, lineages)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from omegaconf import DictConfig
 
-from coz import cli
+from coz import cli, grpo_jobs
 
 
 def main(_: DictConfig) -> None:
     """Parts checked before weights load; the critic loads before TRL's arguments exist, which under ZeRO-3 would cut it up."""
-    from coz.training import grpo_job
-
-    run = grpo_job.open_run("train_grpo")
-    parts = grpo_job.build_parts(run)
-    model, processor = grpo_job.load_models(run, parts)
-    trainer = grpo_job.make_trainer(run, parts, model, processor)
-    grpo_job.train(run, parts, trainer)
+    run = grpo_jobs.open_run("train_grpo")
+    parts = grpo_jobs.build_parts(run)
+    model, processor = grpo_jobs.load_models(run, parts)
+    trainer = grpo_jobs.make_trainer(run, parts, model, processor)
+    grpo_jobs.train(run, parts, trainer)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coz import cli
+from coz import cli, grpo_jobs
 from coz.errors import UserError
 from coz.plots import read_curves
 from coz.rewards import critic_reward
-from coz.training import grpo_job
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,18 +78,18 @@ SMALL = (
 
 def start(folder, critic, *overrides):
     """Everything of `train_grpo.py` but Hydra, with a critic of our own."""
-    run = grpo_job.Run(compose(folder, *SHORT, *SMALL, *overrides), Path(folder))
+    run = grpo_jobs.Run(compose(folder, *SHORT, *SMALL, *overrides), Path(folder))
     run.folder.mkdir(exist_ok=True)
-    parts = grpo_job.build_parts(run)
+    parts = grpo_jobs.build_parts(run)
     cli._build.cache_clear()  # rewards and data sets of another run must not be shared
     parts.rewards[0] = critic_reward(critic=critic)
-    trainer = grpo_job.make_trainer(run, parts, *grpo_job.load_models(run, parts))
-    grpo_job.train(run, parts, trainer)
+    trainer = grpo_jobs.make_trainer(run, parts, *grpo_jobs.load_models(run, parts))
+    grpo_jobs.train(run, parts, trainer)
     return trainer
 
 
 def adapter(folder):
-    return load_file(grpo_job.newest_checkpoint(Path(folder)) / "adapter_model.safetensors")
+    return load_file(grpo_jobs.newest_checkpoint(Path(folder)) / "adapter_model.safetensors")
 
 
 def same(a, b):
@@ -113,9 +112,9 @@ def test_a_run_that_a_signal_stops_goes_on_as_if_nothing_had_been(unbroken, tmp_
         start(tmp_path, critic)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert grpo_job.newest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert grpo_jobs.newest_checkpoint(tmp_path).name == "checkpoint-2"
     start(tmp_path, CountingCritic())
-    assert grpo_job.newest_checkpoint(tmp_path).name == "checkpoint-4"
+    assert grpo_jobs.newest_checkpoint(tmp_path).name == "checkpoint-4"
     assert same(adapter(tmp_path), adapter(unbroken))
     assert (tmp_path / "rewards.csv").read_text().count("train,total") == 4
 
@@ -172,9 +171,9 @@ def test_missing_weights_are_named_at_once(tmp_path):
 
 def test_phrase_and_repetition_rewards_rise(tmp_path):
     settings = ("grpo.habits.steps=120", "grpo.args.max_steps=30", "grpo.args.eval_steps=30", "grpo.args.save_steps=30")
-    run = grpo_job.Run(compose(tmp_path, *settings, "pairs.pairs_per_photo=16"), tmp_path)
-    parts = grpo_job.build_parts(run)
-    grpo_job.train(run, parts, grpo_job.make_trainer(run, parts, *grpo_job.load_models(run, parts)))
+    run = grpo_jobs.Run(compose(tmp_path, *settings, "pairs.pairs_per_photo=16"), tmp_path)
+    parts = grpo_jobs.build_parts(run)
+    grpo_jobs.train(run, parts, grpo_jobs.make_trainer(run, parts, *grpo_jobs.load_models(run, parts)))
     curves = {name: values for name, (_, values) in read_curves(tmp_path).items()}
     assert curves["phrase"][0] < 0.7
     assert curves["phrase"][-1] >= 0.85

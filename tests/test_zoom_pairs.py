@@ -100,20 +100,20 @@ def test_wrong_settings_are_named(photos, tmp_path):
 
 
 def test_chain_pairs_are_the_states_that_a_chain_looks_at(photos, tmp_path):
+    from coz import pair_jobs
     from coz.backbones.interpolation import Interpolation
     from coz.chain import zoom_chain
     from coz.evaluation import Plan
     from coz.image import read_photo, start_state
     from coz.prompters.null import NullPrompter
     from coz.store import StateStore
-    from coz.training import chain_states
 
     settings = StepSettings(backbone=Interpolation(resampling="bicubic"), prompter=NullPrompter())
     plan = Plan(factors=[4.0, 4.0], at="sample", start_px=64)
-    places = [dataclasses.replace(p, at=chain_states.random_place(p.name, 0, seed=0)) for p in photos]
-    parts = chain_states.Parts(settings, plan, places, StateStore(tmp_path / "states"))
-    job = chain_states.Job(_Config(places=1, index=str(tmp_path / "pairs" / "chain.json")), tmp_path)
-    chain_states.write_index(job, parts, chain_states.make_states(job, parts))
+    places = [dataclasses.replace(p, at=pair_jobs.random_place(p.name, 0, seed=0)) for p in photos]
+    parts = pair_jobs.Parts(settings, plan, places, StateStore(tmp_path / "states"))
+    job = pair_jobs.Job(_Config(places=1, index=str(tmp_path / "pairs" / "chain.json")), tmp_path)
+    pair_jobs.write_index(job, parts, pair_jobs.make_states(job, parts))
 
     assert len(json.loads((tmp_path / "pairs" / "chain.json").read_text())["pairs"]) == 9
     pairs = chain_pairs(index=str(tmp_path / "pairs" / "chain.json"), validation_share=0.4)

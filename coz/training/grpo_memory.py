@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     from coz.models.vlm import VisionLanguageModel
@@ -70,17 +69,8 @@ def estimate(
     )
 
 
-def explain_memory(policy: VisionLanguageModel, rewards: Sequence[object], grpo: DictConfig) -> str:
-    """Log the estimate, and what to change where it does not fit. → the text."""
-    args = grpo.args
-    need = estimate(
-        policy,
-        rewards,
-        rank=grpo.lora.r,
-        batch=args.per_device_train_batch_size,
-        completion_tokens=args.max_completion_length,
-        checkpointing=args.gradient_checkpointing,
-    )
+def explain_memory(need: Estimate) -> str:
+    """Log an estimate, and what to change where it does not fit this GPU. → the text."""
     text = (
         f"estimated memory: policy {need.policy:.1f}, adapters and Adam {need.adapters:.1f}, "
         f"activations {need.activations:.1f}, critic {need.critic:.1f}, CUDA {_RESERVE_GB:.1f}: {need.total:.1f} GB"

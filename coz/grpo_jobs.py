@@ -26,7 +26,7 @@ from coz.data.zoom_pairs import Pairs
 from coz.errors import UserError
 from coz.models.placement import pick_device
 from coz.store import write_json
-from coz.training.grpo_memory import explain_memory
+from coz.training.grpo_memory import Estimate, estimate, explain_memory
 
 if TYPE_CHECKING:
     from coz.models.encoding import ChatProcessor
@@ -180,7 +180,7 @@ def load_models(run: Run, parts: Parts) -> tuple[nn.Module, ChatProcessor]:
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if run.rank == 0:
-        explain_memory(parts.policy, parts.rewards, run.config.grpo)
+        explain_memory(_estimate(run, parts))
     for reward in parts.rewards:
         if hasattr(reward, "load"):
             reward.load()
@@ -191,6 +191,18 @@ def load_models(run: Run, parts: Parts) -> tuple[nn.Module, ChatProcessor]:
         if not base.is_dir():
             _teach(parts, base)
     return type(parts.policy)(weights=str(base), device=run.config.device, precision="fp32").model_and_processor()
+
+
+def _estimate(run: Run, parts: Parts) -> Estimate:
+    args = run.config.grpo.args
+    return estimate(
+        parts.policy,
+        parts.rewards,
+        rank=run.config.grpo.lora.r,
+        batch=args.per_device_train_batch_size,
+        completion_tokens=args.max_completion_length,
+        checkpointing=args.gradient_checkpointing,
+    )
 
 
 def _teach(parts: Parts, base: Path) -> None:
