@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from transformers import TrainerControl, TrainerState
 
-from coz import grpo_jobs
+from coz import cli, grpo_jobs
 from coz.errors import UserError
 from coz.models.random_vlm import random_vlm
 from coz.plots import draw_rewards, main, read_curves
@@ -105,6 +105,28 @@ def test_bad_habits_come_in_their_shares():
     assert repeating == pytest.approx(0.3, abs=0.04)
     with pytest.raises(UserError, match=r"unwanted=0\.8"):
         BadHabits(steps=1, unwanted=0.8, repeating=0.3)
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "value"),
+    [
+        ((), "grpo.name", "tiny"),
+        ((), "critic.score", "expected"),
+        ((), "policy.weights", "random"),
+        (("critic.score=parse",), "critic.score", "parse"),
+        (("grpo=trl",), "grpo.name", "trl"),
+        (("critic=tags",), "pairs.pairs_per_photo", 32),  # it has no setting `score`, which is left out
+        (("pairs=chain", "grpo.args.beta=0.1"), "grpo.args.beta", 0.1),
+    ],
+)
+def test_the_tiny_profile_sets_what_the_command_line_leaves(typed, key, value):
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = cli.resolve_overrides(["profile=tiny", *typed], config_name="train_grpo", sweep=False)
+    assert OmegaConf.select(config, key) == value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

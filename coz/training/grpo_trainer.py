@@ -144,7 +144,9 @@ class PromptTrainer(GRPOTrainer):
         if step == 0:
             return None
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if not (folder / "trainer_state.json").is_file():
+        saved = (folder / "trainer_state.json").is_file()
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if not saved:
             _set_rng_state(self._rng)
             self._save_checkpoint(self.model, trial=None)
         return folder
