@@ -66,8 +66,6 @@ def run(task: Task, *, config_name: str) -> None:
     """Run a Hydra task so that a user's mistake ends in one sentence on stderr and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting with 1
     logging.raiseExceptions = False  # a full disk must not print a traceback per log line
-    # Hydra reads `prompter=null` as no group at all; it means the config of that name.
-    sys.argv[1:] = [f"{word[:-4]}'null'" if _names_null_config(word) else word for word in sys.argv[1:]]
     entered = False
 
     def guarded(config: DictConfig) -> None:
@@ -83,6 +81,7 @@ def run(task: Task, *, config_name: str) -> None:
             fail(explain(error, config_name))
 
     job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+    sys.argv[1:] = [quote_null(argument) for argument in sys.argv[1:]]
     try:
         job()
     except UserError as error:
@@ -97,9 +96,12 @@ def run(task: Task, *, config_name: str) -> None:
         fail("interrupted; the same command again goes on, what is finished is kept", code=130)
 
 
-def _names_null_config(override: str) -> bool:
-    group, _, value = override.partition("=")
-    return value == "null" and (CONF / group / "null.yaml").is_file()
+def quote_null(argument: str) -> str:
+    """`prompter=null` (alone or in a sweep) names the config null.yaml, which Hydra would read as "nothing"."""
+    group, equals, value = argument.partition("=")
+    if not equals or not (CONF / group / "null.yaml").is_file():
+        return argument
+    return group + equals + ",".join("'null'" if part == "null" else part for part in value.split(","))
 
 
 def fail(sentence: str, *, code: int = 2) -> None:
@@ -141,7 +143,7 @@ def _setting_names(config_name: str) -> list[str]:
     for group in groups:
         for file in (CONF / group).glob("*.yaml"):
             loaded = OmegaConf.load(file)
-            nested += [f"{group}.{key}" for key in loaded if isinstance(loaded, DictConfig)]
+            nested += [f"{group}.{key}" for key in map(str, loaded) if isinstance(loaded, DictConfig)]
     return [*map(str, top), *groups, *nested]
 
 
@@ -168,10 +170,10 @@ def resolve(config_name: str) -> DictConfig:
 def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) -> DictConfig:
     """`resolve` for given overrides. In a sweep a fixed part may differ from the command line: other jobs use that."""
     groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    typed = [quote_null(override) for override in typed]
     parsed = OverridesParser.create().parse_overrides(list(typed))
     chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not o.is_delete()}
-    # `prompter=null` means the config of that name, which Hydra would read as "no such group".
-    own = [f"{key}='null'" if value in (None, "null") else f"{key}={value}" for key, value in chosen.items()]
+    own = [f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in chosen.items()]
     rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
 
     draft = _compose(config_name, [*own, *rest])
@@ -187,7 +189,7 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     method, profile = draft.method, draft.profile
     binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
     for group, name in method.fixes.items():
-        if group in chosen and str(chosen[group]) != name and not (name == "null" and chosen[group] is None):
+        if group in chosen and str(chosen[group]) != name:
             if not sweep:
                 raise UserError(f"method={method.name} always uses {group}={name}; leave {group}={chosen[group]} out")
             rest = [override for override in rest if not override.lstrip("+~").startswith(f"{group}.")]

@@ -52,7 +52,7 @@ def _mistake(*arguments, **options):
 def sweep(tmp_path_factory):
     """One sweep of two methods and two scales."""
     outputs = tmp_path_factory.mktemp("outputs")
-    arguments = ["-m", *QUICK, "scale=4,16", "method=nn,coz_null", "at=sample"]
+    arguments = ["-m", *QUICK, "scale=4,16", "method=nn,coz_null", "at=sample", "prompter=null"]
     code, out, err = _run(*arguments, f"outputs={outputs}", f"hydra.sweep.dir={outputs}/run")
     assert code == 0, err
     return outputs, out

@@ -15,7 +15,7 @@ from torch import Tensor
 from coz.checkpoint import file_digest
 from coz.errors import UserError
 from coz.image import Size, as_size, resize
-from coz.models.placement import pick_device, pick_dtype
+from coz.models.placement import Precision, pick_device, pick_dtype
 from coz.models.sd3 import SD3OneStep
 from coz.models.sd3_adapters import random_sd3_adapters, read_sd3_adapters
 from coz.models.sd3_memory import PlanName, component_bytes, describe, plan_named
@@ -39,7 +39,7 @@ class Formats:
     half_modulations: bool = False
 
     @staticmethod
-    def named(precision: str, device: torch.device) -> Formats:
+    def named(precision: Precision | Literal["released"], device: torch.device) -> Formats:
         """`released` is what the authors' code computes with: half text encoders, float32 elsewhere, AdaLN in half."""
         if precision == "released":
             return Formats(torch.float32, torch.float32, torch.float16, half_modulations=True)
@@ -88,7 +88,7 @@ class OSEDiffSD3:
         size: str = "full",
         seed: int = 0,
         device: str = "auto",
-        precision: Literal["auto", "fp32", "bf16", "fp16", "released"] = "auto",
+        precision: Precision | Literal["released"] = "auto",
         merge: bool | None = None,
         encode_shift: bool | None = None,
         posterior: Literal["sample", "mode"] = "sample",

@@ -178,6 +178,7 @@ class VisionLanguageModel:
     def plain_text(self, text: str) -> str:
         """A text without anything that the tokenizer would take for a special token, such as the place of a picture."""
         self.load()
+        assert self._loaded is not None
         return without_special_tokens(self._loaded[1], text)
 
     def model_and_processor(self) -> tuple[nn.Module, ChatProcessor]:
@@ -280,6 +281,7 @@ class VisionLanguageModel:
         if not requests:
             return
         self.load()
+        assert self._loaded is not None
         model, processor = self._loaded
         moves = self.offload == "cpu" and self.device.type != "cpu"
         if moves:
@@ -366,7 +368,8 @@ def _parameters(folder: Path) -> float:
 
 
 def _limit_pixels(processor: ChatProcessor, max_image_px: int) -> None:
-    size = getattr(getattr(processor, "image_processor", None), "size", None)
-    if size is None or "longest_edge" not in size or "shortest_edge" not in size:
+    image_processor = getattr(processor, "image_processor", None)
+    size = getattr(image_processor, "size", None)
+    if image_processor is None or size is None or "longest_edge" not in size or "shortest_edge" not in size:
         raise UserError(f"max_image_px={max_image_px} is not known to {type(processor).__name__}; set max_image_px=null")
-    processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_image_px), "longest_edge": max_image_px}
+    image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_image_px), "longest_edge": max_image_px}
