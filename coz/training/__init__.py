@@ -1,0 +1,1 @@
+"""Training: the super-resolution loop and the tuning of the prompt extractor."""
