@@ -1,0 +1,253 @@
+"""OSEDiff on Stable Diffusion 2.1 (Table 4 of the paper): one step from the encoded picture, by the released checkpoint.
+
+Wu et al., "One-Step Effective Diffusion Network for Real-World Image Super-Resolution", NeurIPS 2024. The picture is
+encoded, the UNet predicts its noise at timestep 999 and the plain estimate of x0 is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coz.checkpoint import StateDict, WrongWeights, file_digest, load_tensors, local_file
+from coz.errors import UserError
+from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
+from coz.models import latent_tiles, sd2, sd2_lora, vae_tiles
+from coz.models.latent_codec import LatentCodec
+from coz.models.placement import Precision
+
+# the UNet's adapters in osediff.pkl: how the file names the list of an adapter's layers, and the adapter
+_UNET_GROUPS = {
+    "unet_lora_encoder_modules": "default_encoder",
+    "unet_lora_decoder_modules": "default_decoder",
+    "unet_lora_others_modules": "default_others",
+}
+_VAE_GROUP = ("vae_lora_encoder_modules", "default_encoder")
+_CONV_IN = {"weight": "conv_in.base_layer.weight", "bias": "conv_in.base_layer.bias"}
+
+
+class OSEDiffSD21:
+    """One-step restoration at the target's size.
+
+    Args:
+        weights: folder or hub id of Stable Diffusion 2.1-base, or "random".
+        checkpoint: the authors' `osediff.pkl`; None only with random weights.
+        size, seed: of random weights.
+        device, precision: see `coz.models.placement`.
+        latent_tile, latent_overlap: latents of a larger area than `latent_tile` squared are predicted in tiles, in latent px.
+        vae_encoder_tile_px, vae_decoder_tile: larger pictures pass the autoencoder in tiles (decoder's in latent px).
+        posterior: `sample` the encoder's posterior as the released code does, seeded per image, or take its `mode`.
+        color_fix: gives the result the colors of the input; the released chain uses none, OSEDiff's own script adain.
+        merge_lora: fold the adapters into the weights at loading; False keeps them beside (slower, for comparison).
+        batch_size, vae_batch_size: most tiles per call of the UNet, most pictures per call of the autoencoder.
+        compile: let PyTorch compile the UNet: a minute at the start, faster calls after.
+
+    Raises:
+        UserError: a wrong setting, or weights that are not on this machine.
+    """
+
+    reads_prompts = True
+
+    def __init__(
+        self,
+        *,
+        weights: str = "stabilityai/stable-diffusion-2-1-base",
+        checkpoint: str | Path | None = None,
+        size: sd2.Size = "full",
+        seed: int = 0,
+        device: str = "auto",
+        precision: Precision = "auto",
+        latent_tile: int = 96,
+        latent_overlap: int = 32,
+        vae_encoder_tile_px: int = 1024,
+        vae_decoder_tile: int = 224,
+        posterior: sd2.Posterior = "sample",
+        color_fix: ColorFix = "none",
+        merge_lora: bool = True,
+        batch_size: int = 8,
+        vae_batch_size: int = 4,
+        compile: bool = False,
+    ) -> None:
+        latent_tiles.check_tiles(latent_tile, latent_overlap)
+        vae_tiles.check_vae_tiles(vae_encoder_tile_px, vae_decoder_tile)
+        sd2.check_choice("posterior", posterior, ["sample", "mode"])
+        sd2.check_choice("color_fix", color_fix, ["wavelet", "adain", "none"])
+        sd2.check_positive(batch_size=batch_size, vae_batch_size=vae_batch_size)
+        self.placement = sd2.Placement.pick(device, precision)
+        self.source = sd2.Weights.find(
+            weights, parts=sd2.BASE_PARTS, what="Stable Diffusion 2.1-base", size_gb=5.2, size=size, seed=seed
+        )
+        if checkpoint is None and weights != sd2.RANDOM:
+            raise UserError("checkpoint is not set; give the path of the authors' osediff.pkl")
+        self.checkpoint = None if checkpoint is None else local_file(checkpoint, what="checkpoint")
+        self.latent_tile, self.latent_overlap = latent_tile, latent_overlap
+        self.vae_encoder_tile_px, self.vae_decoder_tile = vae_encoder_tile_px, vae_decoder_tile
+        self.posterior: sd2.Posterior = posterior
+        self.color_fix: ColorFix = color_fix
+        self.merge_lora = merge_lora
+        self.batch_size, self.vae_batch_size = batch_size, vae_batch_size
+        self.compile = compile
+        self._unet: nn.Module | None = None
+
+    @property
+    def fingerprint(self) -> Mapping[str, object]:
+        return {
+            "name": "osediff_sd21",
+            "weights": self.source.identity,
+            "checkpoint": sd2.RANDOM if self.checkpoint is None else file_digest(self.checkpoint),
+            "precision": self.placement.fingerprint(),
+            "latent_tile": self.latent_tile,
+            "latent_overlap": self.latent_overlap,
+            "vae_encoder_tile_px": self.vae_encoder_tile_px,
+            "vae_decoder_tile": self.vae_decoder_tile,
+            "posterior": self.posterior,
+            "color_fix": self.color_fix,
+            "merge_lora": self.merge_lora,
+        }
+
+    def load(self) -> None:
+        """Read the weights and put them on the device."""
+        if self._unet is not None:
+            return
+        unet, vae = self.source.unet(), self.source.vae()
+        if self.checkpoint is None:
+            state = random_checkpoint(unet, vae, rank=4, seed=self.source.seed)
+        else:
+            state = load_tensors(self.checkpoint)
+        adapt(unet, vae, state, merge=self.merge_lora, what=str(self.checkpoint or "the random checkpoint"))
+        self._alpha = self.source.alphas_cumprod()[sd2.LAST_TIMESTEP].to(self.placement.device)
+        self.codec = LatentCodec(
+            self.placement.place_vae(vae),
+            placement=self.placement,
+            encoder_tile_px=self.vae_encoder_tile_px,
+            decoder_tile=self.vae_decoder_tile,
+            batch_size=self.vae_batch_size,
+        )
+        self.encode_prompts = self.source.prompt_encoder(self.placement.device, self.placement.dtype)
+        self._unet = self.placement.place(unet)
+        if self.compile:
+            self._unet.compile()
+
+    @torch.no_grad()
+    def __call__(
+        self, lr: Tensor, *, size: Size, prompts: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    ) -> Tensor:
+        """See `coz.backbones.base`. A target that is no multiple of 8 is padded at its right and bottom."""
+        self.load()
+        height, width = as_size(size)
+        source = resize(lr, (height, width))
+        padded = F.pad(source, (0, -width % sd2.LATENT_PX, 0, -height % sd2.LATENT_PX), mode="replicate")
+        noise = None
+        if self.posterior == "sample":
+            shape = (4, padded.shape[-2] // sd2.LATENT_PX, padded.shape[-1] // sd2.LATENT_PX)
+            noise = sd2.draw_noise(sd2.generators(seeds, len(lr)), shape, self.placement.device)
+        embeds = self.encode_prompts(sd2.texts_of(prompts, len(lr)))
+        image = self.restore(padded * 2 - 1, prompt_embeds=embeds, noise=noise).clamp(-1, 1) * 0.5 + 0.5
+        image = image[..., :height, :width].cpu()
+        if self.color_fix != "none":  # the released code compares 8-bit pictures
+            image = fix_color(quantize(image, rounding="truncate"), source.cpu(), self.color_fix)
+        return image.clamp(0, 1)
+
+    def restore(self, x: Tensor, *, prompt_embeds: Tensor, noise: Tensor | None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], sides multiples of 8 → same, not clamped.
+
+        Args:
+            prompt_embeds: (B, 77, C).
+            noise: (B, 4, H/8, W/8) for sampling the posterior, or None for its mode.
+        """
+        latent = self.codec.latent(self.codec.moments(x), noise)
+        return self.codec.decode(self.denoise(latent, self.predict(latent, prompt_embeds)))
+
+    @torch.no_grad()
+    def predict(self, latent: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Noise that the UNet sees in a latent at timestep 999, in tiles if need be: (B, 4, h, w) → same, float32."""
+        embeds = prompt_embeds.to(self.placement.device, self.placement.dtype)
+
+        def call(crops: Tensor, owners: Tensor, _: list[latent_tiles.Box]) -> Tensor:
+            crops, text = crops.to(self.placement.dtype), embeds[owners.to(embeds.device)]
+            return self._unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float()
+
+        tiles = {"tile": self.latent_tile, "overlap": self.latent_overlap, "batch_size": self.batch_size}
+        return latent_tiles.predict_in_tiles(latent, call, **tiles)
+
+    def denoise(self, latent: Tensor, prediction: Tensor) -> Tensor:
+        """The estimate of the clean latent. A scheduler of one step, stepped at 999, does just this."""
+        return sd2.estimate_clean(latent, prediction, self._alpha)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# osediff.pkl
+
+
+def adapter_layers(unet: nn.Module, vae: nn.Module) -> dict[str, list[str]]:
+    """The lists of adapted layers as a new checkpoint holds them, by the names that the file gives them."""
+    names = sd2_lora.matching_layers(unet, [*sd2_lora.UNET_TARGETS, "conv_in"])
+    encoder = [name for name in names if name.startswith(("down_blocks.", "conv_in"))]
+    decoder = [name for name in names if name.startswith(("up_blocks.", "conv_out"))]
+    others = [name for name in names if name not in {*encoder, *decoder}]
+    vae_layers = [*sd2_lora.matching_layers(vae, sd2_lora.VAE_TARGETS), "quant_conv"]
+    return {**dict(zip(_UNET_GROUPS, (encoder, decoder, others), strict=True)), _VAE_GROUP[0]: vae_layers}
+
+
+def checkpoint_shapes(
+    unet: nn.Module, vae: nn.Module, layers: Mapping[str, Sequence[str]], *, rank_unet: int, rank_vae: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Names and shapes of `state_dict_unet` and `state_dict_vae`, for lists of layers as in the file."""
+    unet_layers = sd2_lora.by_adapter((adapter, layers[group]) for group, adapter in _UNET_GROUPS.items())
+    vae_layers = sd2_lora.by_adapter([(_VAE_GROUP[1], layers[_VAE_GROUP[0]])])
+    conv_in = {key: tuple(getattr(unet.conv_in, name).shape) for name, key in _CONV_IN.items()}
+    return (
+        conv_in | sd2_lora.adapter_shapes(unet, unet_layers, rank=rank_unet),
+        sd2_lora.adapter_shapes(vae, vae_layers, rank=rank_vae),
+    )
+
+
+def random_checkpoint(unet: nn.Module, vae: nn.Module, *, rank: int, seed: int) -> dict[str, object]:
+    """What `osediff.pkl` holds, with seeded random adapters; `conv_in` stays as it is."""
+    layers = adapter_layers(unet, vae)
+    unet_shapes, vae_shapes = checkpoint_shapes(unet, vae, layers, rank_unet=rank, rank_vae=rank)
+    state_unet = sd2_lora.random_adapters(unet_shapes, seed=seed + 100)
+    state_unet |= {key: getattr(unet.conv_in, name).clone() for name, key in _CONV_IN.items()}
+    state_vae = sd2_lora.random_adapters(vae_shapes, seed=seed + 101)
+    return {**layers, "rank_unet": rank, "rank_vae": rank, "state_dict_unet": state_unet, "state_dict_vae": state_vae}
+
+
+@torch.no_grad()
+def adapt(unet: nn.Module, vae: nn.Module, state: object, *, merge: bool, what: str) -> None:
+    """Put the adapters and the input layer of an `osediff.pkl` into the networks.
+
+    Raises:
+        WrongWeights: names the first keys that the networks or the format do not know.
+    """
+    needed = [*_UNET_GROUPS, _VAE_GROUP[0], "rank_unet", "rank_vae", "state_dict_unet", "state_dict_vae"]
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise WrongWeights(f"{what} lacks {', '.join(missing[:3])}; give the authors' osediff.pkl")
+    unet_state: StateDict = state["state_dict_unet"]
+    unet_layers = sd2_lora.by_adapter((adapter, state[group]) for group, adapter in _UNET_GROUPS.items())
+    vae_layers = sd2_lora.by_adapter([(_VAE_GROUP[1], state[_VAE_GROUP[0]])])
+    conv_in = {key: tuple(getattr(unet.conv_in, name).shape) for name, key in _CONV_IN.items()}
+    ranks = {"unet": state["rank_unet"], "vae": state["rank_vae"]}
+    pairs = [
+        (
+            unet,
+            sd2_lora.read_adapters(
+                unet, unet_state, unet_layers, rank=ranks["unet"], what=f"{what}: state_dict_unet", also=conv_in
+            ),
+        ),
+        (
+            vae,
+            sd2_lora.read_adapters(vae, state["state_dict_vae"], vae_layers, rank=ranks["vae"], what=f"{what}: state_dict_vae"),
+        ),
+    ]
+    for name, key in _CONV_IN.items():
+        getattr(unet.conv_in, name).copy_(unet_state[key])
+    for net, adapters in pairs:
+        if merge:
+            sd2_lora.merge_adapters(net, adapters)
+        else:
+            sd2_lora.attach_adapters(net, adapters)
