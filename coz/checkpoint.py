@@ -62,7 +62,7 @@ def hub_folder(weights: str, *, patterns: Sequence[str], what: str, size_gb: flo
     """A model folder: a local one as it is, or a hub id out of the local cache. Never downloads: `coz.prepare` does.
 
     Args:
-        weights: a folder, or a hub id `owner/name[@revision]`.
+        weights: a folder, or a hub id `owner/name[@revision]`; a space's is `spaces/owner/name`.
         patterns: glob patterns of the files that are needed; each must match at least one file.
         what: the model's name in the error, such as "Stable Diffusion 3 medium".
         size_gb: size of the download, for the error.
@@ -93,8 +93,12 @@ def _cached_snapshot(weights: str, patterns: Sequence[str], what: str, size_gb: 
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     name, revision = split_revision(weights)
+    kind = "space" if name.startswith("spaces/") else "model"
+    name = name.removeprefix("spaces/")
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(name, revision=revision, repo_type=kind, local_files_only=True, allow_patterns=list(patterns))
+        )
     except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
         remark = f" {licence};" if licence else ""
         raise WeightsNotFound(

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -82,9 +83,9 @@ def explain(error: Exception, config_name: str) -> str:
     if "Could not override" in first:
         key = first.split("'")[1] if "'" in first else first
         return f"{key} is no setting of {config_name}{_nearest(key, _setting_names(config_name))}; see --cfg job for all"
-    if "Could not find" in first and "/" in first:
-        missing = first.split("'")[1]
-        group, _, name = missing.rpartition("/")
+    absent = re.search(r"Could not find '([^']+)/([^'/]+)'", first)
+    if absent:
+        group, name = absent.groups()
         options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
         return f"{group}={name} does not exist{_nearest(name, options)}; {group} is one of {', '.join(options)}"
     return first

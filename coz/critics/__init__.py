@@ -1,0 +1,1 @@
+"""Critics: how well a text describes a view, as a number."""

@@ -1,0 +1,121 @@
+"""Prompts from a vision-language model that sees a view and the state around it (the paper's multi-scale-aware prompts)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from torch import Tensor
+
+from coz.models.chat import Context, Layout, chat_messages, chat_requests, check_choice, question_for
+from coz.models.decoding import Sampling
+from coz.models.placement import Precision
+from coz.models.random_vlm import Size
+from coz.models.vlm import Offload, Quantization, VisionLanguageModel
+from coz.prompters.base import Prompt
+from coz.prompters.cache import PromptCache, ask_missing, prompt_keys
+from coz.prompters.cleaning import Cleaning, clean_prompt
+
+
+class VlmPrompter:
+    """Asks a model on this machine; see `VisionLanguageModel` for the settings of the model itself."""
+
+    def __init__(
+        self,
+        *,
+        weights: str = "Qwen/Qwen2.5-VL-3B-Instruct",
+        adapter: str | None = None,
+        context: Context = "pair",
+        layout: Layout = "system",
+        question: str | None = None,
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float | None = None,
+        cleaning: Cleaning = "none",
+        cache_dir: str | None = None,
+        size: Size = "full",
+        seed: int = 0,
+        device: str = "auto",
+        precision: Precision = "auto",
+        quantization: Quantization = "none",
+        merge_adapter: bool | None = None,
+        offload: Offload = "none",
+        batch_size: int = 16,
+        max_image_px: int | None = None,
+        download_gb: float = 8.0,
+        model: VisionLanguageModel | None = None,
+    ) -> None:
+        """Args:
+        context: `pair` shows the previous state and the view, `single` the view alone.
+        layout: where the question stands, see `chat_messages`.
+        question: None for the paper's.
+        cleaning: what the backbone gets of the words, see `clean_prompt`.
+        cache_dir: where answers are kept for later runs; None keeps none.
+        model: one that exists already, in place of all settings of a model.
+
+        Raises:
+            UserError: a setting that cannot be, or weights that are missing.
+        """
+        self._messages = chat_messages(context=context, layout=layout, question=question)
+        check_choice("cleaning", cleaning, Cleaning)
+        self._sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+        )
+        self._context, self._layout, self._cleaning = context, layout, cleaning
+        self._question = question_for(context) if question is None else question
+        self._cache = PromptCache(cache_dir)
+        self._model = model or VisionLanguageModel(
+            weights=weights,
+            adapter=adapter,
+            size=size,
+            seed=seed,
+            device=device,
+            precision=precision,
+            quantization=quantization,
+            merge_adapter=merge_adapter,
+            offload=offload,
+            batch_size=batch_size,
+            max_image_px=max_image_px,
+            download_gb=download_gb,
+        )
+
+    @property
+    def model(self) -> VisionLanguageModel:
+        """The model that is asked."""
+        return self._model
+
+    @functools.cached_property
+    def fingerprint(self) -> Mapping[str, object]:
+        """Model, adapter, question, layout, sampling and cleaning."""
+        return {**self._identity, "cleaning": self._cleaning}
+
+    @functools.cached_property
+    def _identity(self) -> Mapping[str, object]:
+        asked = {"context": self._context, "layout": self._layout, "question": self._question}
+        return {"name": "vlm", **self._model.fingerprint, **asked, "sampling": asdict(self._sampling)}
+
+    def load(self) -> None:
+        """Read the weights now; called again, does nothing. A call whose answers are all cached reads none."""
+        self._model.load()
+
+    def __call__(self, current: Tensor, context: Tensor | None, *, seeds: Sequence[int] | None = None) -> list[Prompt]:
+        """One prompt per image, see `Prompter`."""
+        requests = chat_requests(current, context, pair=self._context == "pair", messages=self._messages)
+        seeds = [0] * len(requests) if seeds is None else list(seeds)
+        keys = prompt_keys(self._identity, requests, seeds, draws=self._sampling.draws)
+
+        def ask(rows: list[int]) -> list[str]:
+            return self._model.answer(
+                [requests[row] for row in rows], sampling=self._sampling, seeds=[seeds[row] for row in rows]
+            )
+
+        return [clean_prompt(raw, self._cleaning) for raw in ask_missing(self._cache, keys, ask)]
