@@ -1,6 +1,7 @@
 """Cheaper operators for the same degradation: alike in distribution, not in every pixel.
 
-Blur through the Fourier transform, the last resize on 8-bit pixels, compression by libjpeg-turbo (whole quality, 8-bit pixels), photon noise by its normal
+Blur through the Fourier transform, the last resize on bytes, compression by libjpeg-turbo (whole quality, on bytes), photon
+noise by its normal
 approximation. On a GPU only the compression leaves the device.
 """
 

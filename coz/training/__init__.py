@@ -1,0 +1,1 @@
+"""Training: losses, the super-resolution loop, its checkpoints."""
