@@ -22,6 +22,7 @@ from coz.errors import UserError
 
 MODES: tuple[Mode, ...] = ("area", "bilinear", "bicubic")
 Engine = Literal["exact", "fast"]
+_SMALL_PIXELS = 160 * 160
 
 
 class Degradation(Protocol):
@@ -136,7 +137,8 @@ class Jpeg:
     quality: float
 
     def run(self, x: Tensor, noise: Noise, engine: Engine) -> Tensor:
-        if engine == "fast":
+        # the compression of the small picture shows in the result, down to what 8 bits would round away, and costs little
+        if engine == "fast" and x.shape[-2] * x.shape[-1] > _SMALL_PIXELS:
             return degradation_fast.jpeg(x, self.quality)
         return degradation_exact.jpeg(x.clamp(0, 1), torch.tensor([self.quality], device=x.device))
 
@@ -150,7 +152,7 @@ def apply(operations: Sequence[Operation], x: Tensor, *, noise: Noise, engine: E
     for operation in first:
         x = operation.run(x, noise, engine)
     if engine == "fast" and isinstance(last, Resize) and last.size is not None:
-        return degradation_fast.enlarge_to(x, last.size, last.mode)
+        return degradation_exact.on_grid(degradation_fast.enlarge_to(x, last.size, last.mode))
     return degradation_exact.on_grid(last.run(x, noise, engine))
 
 

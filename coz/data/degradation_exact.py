@@ -46,7 +46,7 @@ def gaussian_noise(x: Tensor, *, sigma_255: float, color: Tensor, gray: Tensor |
         color: standard normal draws of x's shape; used where `gray` is None.
         gray: standard normal draws (B, 1, H, W), the same for all channels.
     """
-    return (x + (color if gray is None else gray) * (sigma_255 / 255)).clamp(0, 1)
+    return ((color if gray is None else gray) * (sigma_255 / 255) + x).clamp_(0, 1)
 
 
 def poisson_levels(x8: Tensor) -> float:
@@ -56,7 +56,7 @@ def poisson_levels(x8: Tensor) -> float:
 
 def on_grid(x: Tensor) -> Tensor:
     """Round to 8-bit levels."""
-    return (x * 255).round().clamp(0, 255) / 255
+    return (x * 255).round_().clamp_(0, 255).div_(255)
 
 
 def to_gray(x: Tensor) -> Tensor:
