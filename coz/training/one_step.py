@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from coz.errors import UserError
-from coz.perceptual import find_trunk, load_lpips
 from coz.training.diffusion import Process
 from coz.training.losses import VSD, LossWeights, pull, regulariser_loss, vsd_gradient
+from coz.training.pixel_losses import PixelLosses
 from coz.training.trainee import Batch, Outcome, seeded_generators
 
 GENERATOR, REGULARISER = "generator", "regulariser"
@@ -106,18 +106,14 @@ class OneStepTrainee(nn.Module):
         super().__init__()
         if loss.l2 == loss.lpips == loss.vsd == 0:
             raise UserError("all loss weights of the generator are 0; set loss.l2, loss.lpips or loss.vsd")
-        if loss.lpips:
-            find_trunk("vgg", lpips_weights)
         self.nets = nets
         self._loss, self._vsd = loss, vsd
-        self._lpips_weights = lpips_weights
-        self._lpips: list[nn.Module] = []  # in a list: it is no part of what is trained or saved
+        self._pixels = PixelLosses(l2=loss.l2, lpips=loss.lpips, lpips_weights=lpips_weights)
 
     def load(self) -> None:
         """Read the weights of the model and of LPIPS."""
         self.nets.load()
-        if self._loss.lpips:
-            self._lpips = [load_lpips("vgg", self._lpips_weights)]
+        self._pixels.load()
 
     def trained(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         groups = {GENERATOR: self.nets.trained(GENERATOR)}
@@ -146,22 +142,14 @@ class OneStepTrainee(nn.Module):
         nets, weights = self.nets, self._loss
         with nets.use(GENERATOR):
             latent = nets.restore_latent(nets.encode(lq, draws.posterior), embeds)
-            parts = self._pixel_losses(nets.decode(latent), hr)
-        total = sum(getattr(weights, name) * value for name, value in parts.items())
+            image = nets.decode(latent)
+        parts = self._pixels(image.clamp(-1, 1) if nets.clamps_image else image, hr)
+        total = self._pixels.total(parts)
         if weights.vsd:
             parts["vsd"] = pull(latent, self._gradient(latent, embeds, negative, draws))
             parts["regulariser"] = self._regulariser_loss(latent, embeds, draws)
             total = total + weights.vsd * parts["vsd"] + weights.regulariser * parts["regulariser"]
         return Outcome(total, {name: value.detach() for name, value in parts.items()})
-
-    def _pixel_losses(self, image: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        image, hr = image.float(), hr.float()
-        if self.nets.clamps_image:
-            image = image.clamp(-1, 1)
-        parts = {"l2": (image - hr).square().mean()} if self._loss.l2 else {}
-        if self._loss.lpips:
-            parts["lpips"] = self._lpips[0].to(image.device)(image, hr).mean()
-        return parts
 
     def _gradient(self, latent: Tensor, embeds: Embeds, negative: Embeds, draws: Draws) -> Tensor:
         return vsd_gradient(
