@@ -19,21 +19,25 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from tqdm import tqdm
 
 from coz.errors import UserError
 from coz.store import explain_write_errors, write_atomic, write_json
+
+logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONF = REPOSITORY / "conf"
 Task = Callable[[DictConfig], None]
 
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+# A released file that goes with a model's released weights; random weights have none.
+OmegaConf.register_new_resolver("released", lambda weights, file: None if weights == "random" else file, replace=True)
 
 
 class NotHere(UserError):
@@ -56,14 +60,31 @@ def run(task: Task, *, config_name: str) -> None:
     """Run a Hydra task so that a user's mistake ends in one sentence on stderr and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting with 1
     logging.raiseExceptions = False  # a full disk must not print a traceback per log line
-    job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+    entered = False
+
+    def guarded(config: DictConfig) -> None:
+        nonlocal entered
+        entered = True
+        try:
+            with explain_write_errors("a file"):
+                task(config)
+        except UserError as error:  # SystemExit passes through Hydra without its remark on the failed job
+            logger.info("stopped", exc_info=error)
+            fail(str(error))
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(explain(error, config_name))
+
+    job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
     try:
-        with explain_write_errors("the run folder"):
-            job()
+        job()
     except UserError as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name))
+    except OSError as error:
+        if entered:
+            raise
+        fail(f"cannot make the run folder {error.filename or ''} ({error.strerror}); choose another one with outputs=FOLDER")
     except KeyboardInterrupt:
         fail("interrupted; the same command again goes on, what is finished is kept", code=130)
 
@@ -78,11 +99,15 @@ def explain(error: Exception, config_name: str) -> str:
     """Hydra's and OmegaConf's own errors as one sentence, with the nearest name where one was misspelt."""
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
         return str(error.__cause__)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}; write KEY=VALUE, quote text with odd characters, close brackets"
     message = str(error).strip()
     first = message.splitlines()[0] if message else type(error).__name__
     if "Could not override" in first:
         key = first.split("'")[1] if "'" in first else first
         return f"{key} is no setting of {config_name}{_nearest(key, _setting_names(config_name))}; see --cfg job for all"
+    if first.startswith("Ambiguous value"):
+        return f"{first}: several values are a sweep and need -m, a point needs brackets, as in at=[0.31,0.62]"
     absent = re.search(r"Could not find '([^']+)/([^'/]+)'", first)
     if absent:
         group, name = absent.groups()
@@ -172,7 +197,11 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 def build(node: DictConfig) -> object:
     """Instantiate a config node as plain Python. Equal nodes give the same object: a sweep keeps its models loaded."""
-    return _build(json.dumps(OmegaConf.to_container(node, resolve=True), sort_keys=True))
+    try:
+        return _build(json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True))
+    except MissingMandatoryValue as error:
+        key = node._get_full_key(error.key)
+        raise UserError(f"{key} is not set; give it on the command line, as in {key}=…") from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -120,6 +120,8 @@ def _plan(config: DictConfig) -> Plan:
     at = OmegaConf.to_container(config.at) if OmegaConf.is_config(config.at) else str(config.at)
     if at != "sample":
         check_where(at, len(factors))  # type: ignore[arg-type]
+    if not isinstance(config.seed, int):
+        raise UserError(f"seed={config.seed} must be a whole number")
     on_gpu = pick_device(config.device).type == "cuda"
     batch_size = config.batch_size if config.batch_size is not None else (_GPU_BATCH if on_gpu else 1)
     if not isinstance(batch_size, int) or batch_size < 1:

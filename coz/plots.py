@@ -72,7 +72,7 @@ def draw_strip(
         draw.text((_GAP_PX, head_px + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=_FAINT, font=font)
     for column, scale in enumerate(scales, start=1):
         left = _GAP_PX + column * column_px
-        draw.text((left, head_px - _TEXT_PX - 6), f"{scale:g}×", fill=_INK, font=bold)
+        draw.text((left, head_px - _TEXT_PX - 6), f"{scale:g}x", fill=_INK, font=bold)
         for row, method in enumerate(methods):
             top = head_px + row * row_px
             cell = cells.get((method, scale))
@@ -82,7 +82,7 @@ def draw_strip(
             else:
                 with Image.open(cell.image) as image:
                     canvas.paste(image.convert("RGB").resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS), (left, top))
-            caption = f"{method}: “{cell.prompt}”" if cell is not None and cell.prompt else method
+            caption = f'{method}: "{cell.prompt}"' if cell is not None and cell.prompt else method
             for line, text in enumerate(textwrap.wrap(caption, 44)[:_CAPTION_LINES]):
                 draw.text(
                     (left, top + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=_INK if line == 0 else _FAINT, font=font

@@ -31,6 +31,7 @@ _REASONS = {
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, what is finished is kept",
     errno.EACCES: "it may not be written to; choose another folder or change its permissions",
     errno.EPERM: "it may not be written to; choose another folder or change its permissions",
+    errno.ENOENT: "it does not exist and cannot be made; choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOTDIR: "a part of this path is a file; choose another folder",
 }
@@ -43,7 +44,7 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = _REASONS.get(error.errno or 0)
-        if reason is None:
+        if reason is None or (error.errno == errno.ENOENT and not isinstance(path, Path)):
             raise
         raise CannotWrite(f"cannot write {error.filename or path}: {reason}") from error
 

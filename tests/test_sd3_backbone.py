@@ -116,6 +116,20 @@ def test_memory_plans_change_nothing_but_memory(backbone, views, memory):
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
 
 
+def test_dropped_text_encoders_are_read_before_the_image_model_and_give_the_same(backbone, views, monkeypatch):
+    dropping = _tiny(drop_text_encoders=True)
+    order = []
+    for name in ("transformer", "text_encoder"):
+        read = getattr(RandomSource, name)
+        monkeypatch.setattr(
+            RandomSource, name, lambda *args, read=read, name=name, **kw: (order.append(name), read(*args, **kw))[1]
+        )
+    image = dropping(views, size=32, prompts=PROMPTS)
+    torch.testing.assert_close(image, backbone(views, size=32, prompts=PROMPTS), rtol=0, atol=1e-5)
+    assert order == ["text_encoder"] * 3 + ["transformer"]
+    assert not dropping._text._encoders
+
+
 def test_t5_streamed_layer_by_layer_gives_the_same():
     from accelerate import cpu_offload
 

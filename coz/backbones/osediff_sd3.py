@@ -67,6 +67,8 @@ class OSEDiffSD3:
         posterior: `sample` draws from the VAE's posterior by the image's seed, as the release does unseeded; `mode` does not.
         text_encoder_3: whether to use T5; without it, its rows are zeros.
         memory: full, 24gb, 16gb, 12gb (see `coz.models.sd3_memory.PLANS`).
+        drop_text_encoders: read the text encoders only when there is a new prompt and free them afterwards. Right where all
+            prompts are empty; else each batch with a new prompt reads them from the disk again.
         compile: torch.compile for the transformer and the VAE: minutes at first, faster afterwards.
         remember_prompts: prompts whose embeddings are kept on the device, about 5 MB each in bf16.
 
@@ -92,13 +94,14 @@ class OSEDiffSD3:
         posterior: Literal["sample", "mode"] = "sample",
         text_encoder_3: bool = True,
         memory: PlanName = "full",
+        drop_text_encoders: bool = False,
         compile: bool = False,
         remember_prompts: int = 64,
     ) -> None:
         if posterior not in ("sample", "mode"):
             raise UserError(f"posterior={posterior} is unknown; use sample or mode")
         if weights == "random" and size not in SIZES:
-            raise UserError(f"size={size} is unknown; use {' or '.join(SIZES)}")
+            raise UserError(f"size={size} is unknown; use {', '.join(SIZES)}")
         self._device = pick_device(device)
         self._precision = precision
         self._formats = Formats.named(precision, self._device)
@@ -108,8 +111,8 @@ class OSEDiffSD3:
         self._plan, self._memory = plan_named(memory), memory
         self._posterior = posterior
         self._text_encoder_3 = text_encoder_3
+        self._drop = drop_text_encoders
         self._compile = compile
-        self._remember = remember_prompts
         self._files = {"lora": lora, "vae_encoder": vae_encoder}
         self._source: SD3Source
         if weights == "random":
@@ -123,7 +126,6 @@ class OSEDiffSD3:
             dtypes={"transformer": self._formats.transformer, "vae": self._formats.vae, "text": self._formats.text},
             use_t5=text_encoder_3,
         )
-        self._context_width = transformer.config.joint_attention_dim
         self._limit_px = transformer.config.pos_embed_max_size * GRID_PX
         self._latent_channels = vae.config.latent_channels
         if weights == "random" and lora is None and vae_encoder is None:
@@ -132,7 +134,16 @@ class OSEDiffSD3:
             self._adapters = read_sd3_adapters(lora, vae_encoder, transformer, vae, rank=lora_rank)
         self._encode_shift = self._adapters.info.encode_shift if encode_shift is None else encode_shift
         self._model: SD3OneStep | None = None
-        self._text: PromptEncoder | None = None
+        self._text = PromptEncoder(
+            self._source,
+            context_width=transformer.config.joint_attention_dim,
+            dtype=self._formats.text,
+            device=self._device,
+            use_t5=text_encoder_3,
+            placement=self._plan.text,
+            drop=drop_text_encoders,
+            remember=remember_prompts,
+        )
 
     @property
     def fingerprint(self) -> Mapping[str, object]:
@@ -152,46 +163,45 @@ class OSEDiffSD3:
 
     def load(self) -> None:
         """Read the weights; the log says first how much memory they will need."""
-        if self._model is not None:
-            return
-        log.info("osediff_sd3: %s", describe(self._memory, self._sizes, device=self._device))
-        device, formats = self._device, self._formats
-        model = SD3OneStep(
-            self._source.transformer(dtype=formats.transformer, device=device),
-            self._source.vae(dtype=formats.vae, device=device),
-            timestep=self._source.first_timestep(),
-            encode_shift=self._encode_shift,
-            vae_batch=self._plan.vae_batch,
-        )
-        model.put_adapters(self._adapters, merged=self._merge, half_modulations=formats.half_modulations)
-        if self._compile:
-            for part in (model.transformer, model.vae.encoder, model.vae.decoder):
-                part.compile()
-        text = PromptEncoder(
-            self._source,
-            context_width=self._context_width,
-            dtype=formats.text,
-            device=device,
-            use_t5=self._text_encoder_3,
-            placement=self._plan.text,
-            remember=self._remember,
-        )
-        text.load()
-        self._model, self._text = model, text
+        self._image_model()
+        self._text.load()
+
+    def _image_model(self) -> SD3OneStep:
+        if self._model is None:
+            device, formats = self._device, self._formats
+            log.info("osediff_sd3: %s", describe(self._memory, self._sizes, device=device, drop_text=self._drop))
+            model = SD3OneStep(
+                self._source.transformer(dtype=formats.transformer, device=device),
+                self._source.vae(dtype=formats.vae, device=device),
+                timestep=self._source.first_timestep(),
+                encode_shift=self._encode_shift,
+                # a CPU gains nothing from more than one image at a time in the VAE, and needs the memory for each
+                vae_batch=self._plan.vae_batch if device.type == "cuda" else 1,
+            )
+            model.put_adapters(self._adapters, merged=self._merge, half_modulations=formats.half_modulations)
+            if self._compile:
+                for part in (model.transformer, model.vae.encoder, model.vae.decoder):
+                    part.compile()
+            self._model = model
+        return self._model
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings of texts: (B, 589, width) and pooled (B, width), each text encoded once as long as it is remembered."""
-        return self._loaded()[1](prompts)
+        return self._text(prompts)
+
+    def forget_prompts(self) -> None:
+        """Free the remembered embeddings."""
+        self._text.forget()
 
     @torch.no_grad()
     def encode_image(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → latent (B, C, H/8, W/8); a sample of the posterior by `noise`, or its mode."""
-        return self._loaded()[0].encode_image(x, noise)
+        return self._image_model().encode_image(x, noise)
 
     @torch.no_grad()
     def restore(self, x: Tensor, *, prompt_embeds: Tensor, pooled_embeds: Tensor, noise: Tensor | None = None) -> Tensor:
         """The network alone: (B, 3, H, W) in [-1, 1], sides in multiples of 16 → same, on the device, not clamped."""
-        return self._loaded()[0].restore(x, prompt_embeds=prompt_embeds, pooled_embeds=pooled_embeds, noise=noise)
+        return self._image_model().restore(x, prompt_embeds=prompt_embeds, pooled_embeds=pooled_embeds, noise=noise)
 
     def __call__(
         self, lr: Tensor, *, size: Size, prompts: Sequence[str] | None = None, seeds: Sequence[int] | None = None
@@ -210,6 +220,7 @@ class OSEDiffSD3:
             raise ValueError(f"{len(texts)} prompts and {len(draws)} seeds for {lr.shape[0]} images")
         view = resize(lr.cpu(), (height, width), "bicubic")
         padded = F.pad(view, (0, -width % GRID_PX, 0, -height % GRID_PX), mode="replicate")
+        # before the image model is read: encoders that are dropped afterwards then never lie beside it
         prompt_embeds, pooled_embeds = self.encode_prompts(texts)
         restored = self.restore(
             padded * 2 - 1,
@@ -224,9 +235,3 @@ class OSEDiffSD3:
             return None
         shape = (self._latent_channels, height // 8, width // 8)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-    def _loaded(self) -> tuple[SD3OneStep, PromptEncoder]:
-        self.load()
-        if self._model is None or self._text is None:
-            raise RuntimeError("load() left no model")
-        return self._model, self._text

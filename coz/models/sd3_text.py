@@ -36,6 +36,7 @@ class PromptEncoder:
     Args:
         use_t5: without T5, its rows are zeros, as Stable Diffusion 3 allows.
         placement: where the encoders live (see `MemoryPlan.text`).
+        drop: read each encoder only when there is a new text and free it afterwards, one at a time.
         remember: texts to keep, the least recently used goes first; the empty text is always kept.
         at_once: texts that pass the encoders together.
     """
@@ -49,6 +50,7 @@ class PromptEncoder:
         device: torch.device,
         use_t5: bool = True,
         placement: TextPlacement = "resident",
+        drop: bool = False,
         remember: int = 64,
         at_once: int = 4,
     ) -> None:
@@ -58,6 +60,7 @@ class PromptEncoder:
         self._device = device
         self._names = TEXT_ENCODERS[: 2 + use_t5]
         self._placement: TextPlacement = placement if device.type == "cuda" else "resident"
+        self._drop = drop
         self._remember = remember
         self._at_once = at_once
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
@@ -65,15 +68,24 @@ class PromptEncoder:
         self._known: OrderedDict[str, Embeddings] = OrderedDict()
 
     def load(self) -> None:
-        """Read the tokenizers and the encoders."""
+        """Read the tokenizers and, unless they are dropped after use, the encoders; called again, does nothing."""
         for name in self._names:
-            self._tokenizers[name] = self._source.tokenizer(name)
-            encoder = self._source.text_encoder(name, dtype=self._dtype)
-            if self._placement == "stream" and name == TEXT_ENCODERS[2]:
-                from accelerate import cpu_offload
+            if name not in self._tokenizers:
+                self._tokenizers[name] = self._source.tokenizer(name)
+            if name not in self._encoders and not self._drop:
+                self._encoders[name] = self._read(name)
 
-                cpu_offload(encoder, execution_device=self._device)
-            self._encoders[name] = encoder.to(self._device) if self._placement == "resident" else encoder
+    def _read(self, name: str) -> PreTrainedModel:
+        encoder = self._source.text_encoder(name, dtype=self._dtype)
+        if self._placement == "stream" and name == TEXT_ENCODERS[2]:
+            from accelerate import cpu_offload
+
+            cpu_offload(encoder, execution_device=self._device)
+        return encoder.to(self._device) if self._placement == "resident" else encoder
+
+    def forget(self) -> None:
+        """Free all remembered embeddings."""
+        self._known.clear()
 
     def token_ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids by encoder: (B, 77), (B, 77) and, with T5, (B, 512)."""
@@ -107,6 +119,7 @@ class PromptEncoder:
         Raises:
             NotFinite: NaN or infinity.
         """
+        self.load()
         ids = {name: rows.to(self._device) for name, rows in self.token_ids(prompts).items()}
         states: list[Tensor] = []
         pooled: list[Tensor] = []
@@ -132,10 +145,10 @@ class PromptEncoder:
     @contextmanager
     def _present(self, name: str) -> Iterator[nn.Module]:
         """An encoder on the device for as long as it is needed."""
-        encoder = self._encoders[name]
+        encoder = self._read(name) if self._drop else self._encoders[name]
         visits = self._placement != "resident" and not hasattr(encoder, "_hf_hook")
         try:
             yield encoder.to(self._device) if visits else encoder
         finally:
-            if visits:
+            if visits and not self._drop:
                 encoder.to("cpu")

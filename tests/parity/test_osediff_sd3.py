@@ -76,7 +76,7 @@ def _off(found: torch.Tensor, expected: torch.Tensor | None) -> float:
 
 
 def _one_step(backbone: OSEDiffSD3):
-    return backbone._loaded()[0]
+    return backbone._image_model()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,8 +84,9 @@ def _one_step(backbone: OSEDiffSD3):
 
 
 def test_token_ids_equal(case, backbones):
+    backbones["clean32"].load()
     for name, text in case.config["prompts"].items():
-        ids = backbones["clean32"]._loaded()[1].token_ids([text])
+        ids = backbones["clean32"]._text.token_ids([text])
         for i, rows in enumerate(ids.values(), start=1):
             assert torch.equal(rows, case.io[f"prompt.{name}.ids{i}"]), (name, i)
 

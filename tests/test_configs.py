@@ -1,0 +1,134 @@
+"""Every node of every config group fits the code it names, and the command line wins over method and profile."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from coz import cli
+from coz.errors import UserError
+
+GROUPS = sorted(folder for folder in cli.CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "deepspeed"))
+NODES = sorted(file for folder in GROUPS for file in folder.glob("*.yaml"))
+
+
+def _targets(node: object, path: str = "") -> list[tuple[str, DictConfig]]:
+    found = []
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            found.append((path, node))
+        for key in node:
+            found += _targets(node._get_node(key), f"{path}.{key}")
+    return found
+
+
+@pytest.mark.parametrize("file", NODES, ids=lambda file: f"{file.parent.name}={file.stem}")
+def test_every_node_binds_to_its_target(file: Path):
+    """A key that nobody reads, or one that is missing, is an error here, without any weights."""
+    node = OmegaConf.load(file)
+    for path, target in _targets(node):
+        function = hydra.utils.get_object(target["_target_"])
+        keys = {str(key): None for key in target if not str(key).startswith("_") and str(key) != "defaults"}
+        try:
+            inspect.signature(function).bind(**keys)
+        except TypeError as error:
+            if "missing" in str(error) and _defaults(node):
+                continue  # the rest comes from another group's node
+            raise AssertionError(f"{file}{path}: {error}") from error
+
+
+def _defaults(node: object) -> bool:
+    return isinstance(node, DictConfig) and "defaults" in node
+
+
+@pytest.fixture(scope="module", autouse=True)
+def initialised():
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        yield
+
+
+def _resolve(*overrides: str, sweep: bool = False) -> DictConfig:
+    return cli.resolve_overrides(list(overrides), config_name="evaluate", sweep=sweep)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), ("osediff_sd3", "vlm")),
+        (("method=direct",), ("osediff_sd3", "dape")),
+        (("profile=embedded", "method=coz_null"), ("realesrgan", "null")),
+        (("profile=embedded", "method=direct"), ("realesrgan", "null")),
+        (("profile=embedded", "method=coz_tags"), ("realesrgan", "tags")),
+        (("profile=embedded", "method=nn"), ("nearest", "null")),
+        (("profile=tiny", "method=bicubic"), ("bicubic", "null")),
+        (("profile=embedded", "method=coz_null", "backbone=span"), ("span", "null")),
+        (("profile=embedded", "method=coz_null", "prompter=tags"), ("realesrgan", "tags")),
+        (("profile=embedded", "method=coz_tags", "prompter=null"), ("realesrgan", "null")),
+        (("profile=embedded", "method=direct", "backbone=bicubic", "prompter=tags"), ("bicubic", "tags")),
+    ],
+)
+def test_the_command_line_wins_in_any_order(overrides, expected):
+    for order in itertools.permutations(overrides):
+        config = _resolve(*order)
+        assert (config.choices.backbone, config.choices.prompter) == expected, order
+        assert config.lacking == ""
+
+
+def test_settings_inside_a_part_survive():
+    config = _resolve("backbone.posterior=mode", "method=coz_null")
+    assert config.backbone.posterior == "mode"
+    config = _resolve("backbone.tile_px=256", "backbone=realesrgan", "profile=embedded", "method=coz_null", "scale=24")
+    assert config.backbone.tile_px == 256
+    assert config.scale == 24
+
+
+def test_what_a_profile_lacks_is_named():
+    config = _resolve("profile=embedded", "method=coz_vlm")
+    assert "prompter=vlm" in config.lacking
+    assert "profile=embedded" in config.lacking
+    assert _resolve("profile=embedded", "method=coz_vlm", "prompter=tags").lacking == ""
+
+
+def test_an_interpolation_takes_no_backbone_but_a_sweep_may_name_one_for_the_others():
+    with pytest.raises(UserError, match="always uses backbone=nearest"):
+        _resolve("profile=embedded", "method=nn", "backbone=span")
+    config = _resolve("profile=embedded", "method=nn", "backbone=span", "backbone.tile_px=256", sweep=True)
+    assert config.choices.backbone == "nearest"
+
+
+def test_tiny_means_small_and_random():
+    config = _resolve("profile=tiny", "method=coz_null")
+    assert config.backbone.weights == "random"
+    assert config.backbone.size == "tiny"
+    assert config.backbone.lora is None
+    assert _resolve("method=coz_null").backbone.lora.endswith(".pkl")
+
+
+def test_a_sweep_keeps_its_parts():
+    first = cli.build(_resolve("profile=embedded", "method=nn", "scale=4").backbone)
+    second = cli.build(_resolve("profile=embedded", "method=nn", "scale=16").backbone)
+    assert first is second
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("scal=4", "did you mean scale"),
+        ("backbone=bicubik", "did you mean bicubic"),
+        ("dataset.limt=2", "did you mean dataset.limit"),
+        ("method=", "method"),
+    ],
+)
+def test_a_misspelt_override_gets_one_sentence(override, sentence):
+    with pytest.raises(Exception, match=r"\S") as caught:
+        _resolve("profile=embedded", override)
+    text = str(caught.value) if isinstance(caught.value, UserError) else cli.explain(caught.value, "evaluate")
+    assert sentence in text
+    assert "\n" not in text

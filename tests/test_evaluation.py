@@ -1,0 +1,184 @@
+"""States are computed once, whatever is asked of them and however often the run is killed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coz.chain import StepSettings
+from coz.data.photos import list_photos
+from coz.errors import UserError
+from coz.evaluation import Labels, Plan, StateMaker, measure, plan_for, row_order
+from coz.image import resize
+from coz.metrics import ConsistencyInput, ConsistencyStep
+from coz.prompters.null import NullPrompter
+from coz.store import StateStore
+from coz.tables import rows_to_csv
+
+START_PX = 64
+
+
+class Counting:
+    """Bicubic, counting images; fails on the photographs named in `fails`."""
+
+    reads_prompts = False
+
+    def __init__(self, version=1):
+        self.count, self.version, self.broken = 0, version, set()
+
+    @property
+    def fingerprint(self):
+        return {"name": "counting", "weights": None, "version": self.version}
+
+    def load(self):
+        pass
+
+    def __call__(self, lr, *, size, prompts=None, seeds=None):
+        self.count += len(lr)
+        if any(round(float(image.mean()), 3) in self.broken for image in lr):
+            raise RuntimeError("the net broke")
+        return resize(lr, size)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b", "c"):
+        Image.fromarray(generator.integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{name}.png")
+    return list_photos(path=tmp_path / "photos")
+
+
+def _run(store, photos, backbone, scale, *, mode="chain", **options):
+    factors = plan_for(mode=mode, scale=scale, max_factor=4, start_px=START_PX)
+    plan = Plan(factors=factors, start_px=START_PX, **options)
+    settings = StepSettings(backbone=backbone, prompter=NullPrompter())
+    maker = StateMaker(store=StateStore(store), settings=settings, plan=plan)
+    return maker, maker.run(photos)
+
+
+def _bytes(store):
+    return {p.relative_to(store): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and ".locks" not in p.parts}
+
+
+def test_each_state_is_computed_once(tmp_path, photos):
+    store, backbone = tmp_path / "states", Counting()
+    for scale in (4, 16, 64):
+        _run(store, photos, backbone, scale)
+    assert backbone.count == 3 * 3  # three photographs, three steps
+    _run(store, photos, backbone, 4, mode="direct")
+    assert backbone.count == 9  # direct enlargement by one step's factor is the chain's first step
+    _run(store, photos, backbone, 16, mode="direct")
+    assert backbone.count == 12
+    _run(store, photos, backbone, 64)
+    assert backbone.count == 12
+
+
+def test_whatever_shapes_a_state_makes_another(tmp_path, photos):
+    store, backbone = tmp_path / "states", Counting()
+    _run(store, photos, backbone, 4)
+    for options in ({"seed": 1}, {"at": (0.2, 0.2)}, {"start_rounding": "round"}):
+        before = backbone.count
+        _run(store, photos, backbone, 4, **options)
+        # The clean start state differs from the released one only where the sides do.
+        assert backbone.count == before + 3, options
+    other = Counting(version=2)
+    _run(store, photos, other, 4)
+    assert other.count == 3
+
+
+def test_a_photograph_is_known_by_its_pixels_not_its_name(tmp_path, photos):
+    store, backbone = tmp_path / "states", Counting()
+    _run(store, photos, backbone, 4)
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed" / "z.png").write_bytes(photos[0].path.read_bytes())
+    _, (lineage,) = _run(store, list_photos(path=tmp_path / "renamed"), backbone, 4)
+    assert backbone.count == 3
+    assert lineage.photo.name == "z"
+
+
+def test_a_photograph_that_fails_is_listed_and_the_rest_goes_on(tmp_path, photos):
+    store, backbone = tmp_path / "states", Counting()
+    _, lineages = _run(store, photos, Counting(), 4)
+    view = lineages[1].view
+    broken = torch.from_numpy(np.array(Image.open(lineages[1].parent.image_path))).float().div(255)
+    crop = broken[view.top_px : view.top_px + view.size_px, view.left_px : view.left_px + view.size_px]
+    backbone.version, backbone.broken = 3, {round(float(crop.mean()), 3)}
+    maker, rest = _run(store, photos, backbone, 4, batch_size=3)
+    assert [lineage.photo.name for lineage in rest] == ["a", "c"]
+    assert [failure.photo for failure in maker.failures] == ["b"]
+    rows = list(measure(rest, maker.failures, [ConsistencyStep()], LABELS))
+    failed = [row for row in rows if row["failure"]]
+    assert [(row["image"], row["value"]) for row in failed] == [("b", ConsistencyStep.worst)]
+    assert "the net broke" in failed[0]["failure"]
+
+
+def test_a_damaged_photograph_is_a_failure_too(tmp_path, photos):
+    data = photos[1].path.read_bytes()
+    photos[1].path.write_bytes(data[: len(data) // 2])
+    maker, rest = _run(tmp_path / "states", photos, Counting(), 4)
+    assert [lineage.photo.name for lineage in rest] == ["a", "c"]
+    assert "b.png" in maker.failures[0].reason
+
+
+LABELS = Labels(method="coz_null", scale=16, dataset="folder", backbone="counting", prompter="null", profile="embedded")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, photos, batch_size):
+    metrics = [ConsistencyStep(), ConsistencyInput()]
+
+    def whole(store, backbone):
+        maker, lineages = _run(store, photos, backbone, 16, batch_size=batch_size)
+        return rows_to_csv(sorted(measure(lineages, maker.failures, metrics, LABELS), key=row_order))
+
+    rows = whole(tmp_path / "straight", Counting())
+
+    class Dying(Counting):
+        left = 3
+
+        def __call__(self, lr, **options):
+            if self.left <= 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            return super().__call__(lr, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        whole(tmp_path / "broken", Dying())
+    assert whole(tmp_path / "broken", Counting()) == rows
+    assert _bytes(tmp_path / "broken") == _bytes(tmp_path / "straight")
+
+
+def test_metric_values_are_kept_with_their_state(tmp_path, photos):
+    _, lineages = _run(tmp_path / "states", photos, Counting(), 4)
+
+    class Once(ConsistencyStep):
+        calls = 0
+
+        def __call__(self, sample):
+            type(self).calls += 1
+            return super().__call__(sample)
+
+    first = list(measure(lineages, [], [Once()], LABELS))
+    second = list(measure(lineages, [], [Once()], LABELS))
+    assert first == second
+    assert Once.calls == 3
+
+
+def test_a_value_that_is_no_number_is_a_failure(tmp_path, photos):
+    _, lineages = _run(tmp_path / "states", photos[:1], Counting(), 4)
+
+    class Undefined(ConsistencyStep):
+        def __call__(self, sample):
+            return float("nan")
+
+    (row,) = measure(lineages, [], [Undefined()], LABELS)
+    assert row["value"] == Undefined.worst
+    assert "nan" in row["failure"]
+
+
+def test_direct_enlargement_needs_a_pixel():
+    with pytest.raises(UserError, match="no pixel"):
+        plan_for(mode="direct", scale=1024, max_factor=4, start_px=512)
