@@ -40,7 +40,7 @@ def open_run(config: DictConfig) -> Run:
     schedule = cli.build(config.training)
     manifest = cli.build(config.data)
     trainee = cli.build(config.trainee)
-    prompts = None if config.prompts is None else cli.build(config.prompts)
+    prompts = cli.build(config.prompts) if config.get("prompts") else None
     assert isinstance(schedule, Schedule)
     assert isinstance(manifest, Manifest)
     photos, held = manifest.split()
