@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from coz import cli
 from coz.data.crops import Manifest, validation_crops
-from coz.data.degradation import Degradation
 from coz.errors import UserError
 from coz.models.placement import pick_device, pick_dtype
 from coz.training.checkpoints import Checkpoints
@@ -39,12 +38,15 @@ def open_run(config: DictConfig) -> Run:
     folder = Path(config.outputs) / "train_sr" / str(config.name)
     schedule = cli.build(config.training)
     manifest = cli.build(config.data)
+    accelerator = _accelerator(config)
+    if config.get("base"):
+        with accelerator.main_process_first():
+            cli.build(config.base)
     trainee = cli.build(config.trainee)
     prompts = cli.build(config.prompts) if config.get("prompts") else None
     assert isinstance(schedule, Schedule)
     assert isinstance(manifest, Manifest)
     photos, held = manifest.split()
-    accelerator = _accelerator(config)
     validation = _validation(config, schedule, trainee, held) if held and config.validation.crops else None
     checkpoints = Checkpoints(folder / "checkpoints", _identity(config, accelerator), keep=int(config.keep))
     checkpoints.load()  # a checkpoint of another run is refused before any weights are read

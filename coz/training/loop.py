@@ -172,8 +172,8 @@ class Run:
             NotFinite, TooManyUnreadable, CannotWrite, OtherRun: see there.
         """
         self._resume()
-        if self.progress.step == 0 and self.validation is not None:
-            self._validate()
+        if self._any(self._validation_due()) and self._validate():
+            self._save(best=True)
         with self._sigterm_noted():
             batches = self._batches()
             while self.progress.step < self.schedule.steps:
@@ -187,6 +187,13 @@ class Run:
                 if stop:
                     return self.progress.step == self.schedule.steps
         return True
+
+    def _validation_due(self) -> bool:
+        """At the start, and where SIGTERM came before the validation of a step."""
+        step = self.progress.step
+        if self.validation is None or not self.accelerator.is_main_process or step % self.schedule.validate_every:
+            return False
+        return all(int(row["step"]) != step for row in self.validation_log.rows())
 
     def _look_back(self, stop: bool) -> None:
         step, last = self.progress.step, self.progress.step == self.schedule.steps
@@ -408,7 +415,7 @@ class Run:
             state = {
                 "progress": vars(self.progress),
                 "groups": {
-                    name: {key: value.detach().cpu() for key, value in parameters.items()}
+                    name: {key: value.detach().cpu().clone() for key, value in parameters.items()}
                     for name, parameters in self.groups.items()
                 },
                 "optimizer": self.optimizer.state_dict(),
