@@ -20,7 +20,8 @@ from coz.data.degradation import Bicubic, RealESRGAN
 from coz.errors import UserError
 from coz.store import CannotWrite
 from coz.training.checkpoints import Checkpoints, OtherRun
-from coz.training.loop import NotFinite, Run, Schedule
+from coz.training.loop import NotFinite, Run
+from coz.training.schedule import Schedule
 from coz.training.trainee import Batch, Outcome
 from coz.training.validation import Validation, paired_gain
 
@@ -186,7 +187,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path, ph
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, photos):
     make_run(tmp_path, photos, identity={"seed": 0, "training": {"rate": 1}}).run()
-    with pytest.raises(OtherRun, match="training.rate: 1, now 2"):
+    with pytest.raises(OtherRun, match=r"training\.rate: 1, now 2"):
         make_run(tmp_path, photos, identity={"seed": 0, "training": {"rate": 2}}).run()
 
 

@@ -18,7 +18,8 @@ from coz.errors import UserError
 from coz.models.placement import pick_device, pick_dtype
 from coz.training.checkpoints import Checkpoints
 from coz.training.journal import Sink, TensorboardSink, WandbSink
-from coz.training.loop import Run, Schedule
+from coz.training.loop import Run
+from coz.training.schedule import Schedule
 from coz.training.trainee import Trainee
 from coz.training.validation import Gain, Validation, paired_gain
 
