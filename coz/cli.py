@@ -185,7 +185,10 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
         rest = [*(f"{key}={_as_override(sets[key])}" for key in present), *rest]  # what was typed comes later and wins
         draft = _compose(config_name, [*own, *rest])
     if "method" not in draft or "profile" not in draft:
-        return draft
+        # without a method, a profile binds what it names for this entry point
+        binds = draft.profile.get(config_name) or {} if "profile" in draft else {}
+        bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen]
+        return _compose(config_name, [*bound, *own, *rest]) if bound else draft
     method, profile = draft.method, draft.profile
     binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
     for group, name in method.fixes.items():
