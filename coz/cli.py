@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -226,7 +227,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 # building
 
 
-def build(node: DictConfig) -> object:
+def build(node: DictConfig) -> Any:
     """Instantiate a config node as plain Python. Equal nodes give the same object: a sweep keeps its models loaded."""
     try:
         return _build(json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True))
@@ -236,7 +237,7 @@ def build(node: DictConfig) -> object:
 
 
 @functools.lru_cache(maxsize=8)
-def _build(node: str) -> object:
+def _build(node: str) -> Any:
     try:
         return hydra.utils.instantiate(json.loads(node), _convert_="all")
     except InstantiationException as error:
