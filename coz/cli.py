@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -155,6 +156,8 @@ def resolve(config_name: str) -> DictConfig:
     """The configuration of the running job: profile, then method, then the profile's word on that method, then the
     command line, whichever order it was typed in.
 
+    A profile may also set values of a certain entry point (`sets.<config>`); one whose key the chosen parts lack is left out.
+
     `config.lacking` says what of the method the profile cannot give, and is empty where it can.
 
     Raises:
@@ -175,8 +178,18 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
 
     draft = _compose(config_name, [*own, *rest])
+    if "profile" in draft and config_name in draft.profile.get("sets", {}):
+        sets = {str(key): value for key, value in draft.profile.sets[config_name].items()}
+        own = [*(f"{key}={value}" for key, value in sets.items() if key in groups and key not in chosen), *own]
+        draft = _compose(config_name, [*own, *rest])
+        present = [key for key in sets if key not in groups and OmegaConf.select(draft, key, default=draft) is not draft]
+        rest = [*(f"{key}={_as_override(sets[key])}" for key in present), *rest]  # what was typed comes later and wins
+        draft = _compose(config_name, [*own, *rest])
     if "method" not in draft or "profile" not in draft:
-        return draft
+        # without a method, a profile binds what it names for this entry point
+        binds = draft.profile.get(config_name) or {} if "profile" in draft else {}
+        bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen]
+        return _compose(config_name, [*bound, *own, *rest]) if bound else draft
     method, profile = draft.method, draft.profile
     binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
     for group, name in method.fixes.items():
@@ -192,6 +205,10 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
             reason = f"method={method.name} needs {group}={name}, which profile={profile.name} lacks: {profile.lacks[name]}"
             config.lacking = reason
     return config
+
+
+def _as_override(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -210,7 +227,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 # building
 
 
-def build(node: DictConfig) -> object:
+def build(node: DictConfig) -> Any:
     """Instantiate a config node as plain Python. Equal nodes give the same object: a sweep keeps its models loaded."""
     try:
         return _build(json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True))
@@ -220,7 +237,7 @@ def build(node: DictConfig) -> object:
 
 
 @functools.lru_cache(maxsize=8)
-def _build(node: str) -> object:
+def _build(node: str) -> Any:
     try:
         return hydra.utils.instantiate(json.loads(node), _convert_="all")
     except InstantiationException as error:

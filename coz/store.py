@@ -99,6 +99,11 @@ def _private_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}.tmp"
 
 
+def stale_name(name: str) -> str:
+    """A private name beside `name`, which `remove_stale` knows."""
+    return f".{name}.{_private_name()}"
+
+
 def remove_stale(folder: Path) -> None:
     """Delete private files and folders that killed processes of this machine left in `folder`."""
     prefix = f".{socket.gethostname()}-"
