@@ -8,6 +8,7 @@ import queue
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,6 +218,9 @@ class Studio:
                 raise _Stopped
             count += 1
             news.put(count)
+            self._turn.release()  # somebody else's zoom need not wait for the whole picture
+            time.sleep(0.001)
+            self._turn.acquire()
 
         def work() -> None:
             try:
