@@ -2,7 +2,7 @@
 
     python benchmarks/embedded_chain.py [--photos 3] [--scale 16]
 
-Runs `coz_null` with Real-ESRGAN x4plus over sample photographs into a fresh store: decoding, views, prompts, net, PNGs, locks. The
+Runs `coz_null` with Real-ESRGAN x4plus over sample photographs into a fresh store: decoding, views, the net, PNGs, locks. The
 share outside the net is 1 - (time inside the net's forward pass) / (time of the whole), measured in the same run.
 """
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -185,7 +186,10 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
         rest = [*(f"{key}={_as_override(sets[key])}" for key in present), *rest]  # what was typed comes later and wins
         draft = _compose(config_name, [*own, *rest])
     if "method" not in draft or "profile" not in draft:
-        return draft
+        # without a method, a profile binds what it names for this entry point
+        binds = draft.profile.get(config_name) or {} if "profile" in draft else {}
+        bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen]
+        return _compose(config_name, [*bound, *own, *rest]) if bound else draft
     method, profile = draft.method, draft.profile
     binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
     for group, name in method.fixes.items():
@@ -223,7 +227,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 # building
 
 
-def build(node: DictConfig) -> object:
+def build(node: DictConfig) -> Any:
     """Instantiate a config node as plain Python. Equal nodes give the same object: a sweep keeps its models loaded."""
     try:
         return _build(json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True))
@@ -233,7 +237,7 @@ def build(node: DictConfig) -> object:
 
 
 @functools.lru_cache(maxsize=8)
-def _build(node: str) -> object:
+def _build(node: str) -> Any:
     try:
         return hydra.utils.instantiate(json.loads(node), _convert_="all")
     except InstantiationException as error:

@@ -113,6 +113,37 @@ def _photo(start: Path, cells: Sequence[StripState]) -> Image.Image:
     return photo
 
 
+def draw_zoom(
+    photo: Image.Image,
+    pictures: Sequence[tuple[Image.Image, str, str]],
+    rects: Sequence[tuple[float, float, float, float]],
+) -> Image.Image:
+    """A photograph of any shape with a frame around each step, then each step's picture with its scale and prompt.
+
+    Args:
+        pictures: (image, scale, prompt) of each step.
+        rects: what of the photograph each shows, (left, top, width, height) as fractions.
+    """
+    font, bold = ImageFont.load_default(_TEXT_PX), ImageFont.load_default(_TEXT_PX + 3)
+    head_px, caption_px = 2 * _TEXT_PX + 4, 3 * (_TEXT_PX + 3) + 6
+    widths = [max(80, round(_CELL_PX * image.width / image.height)) for image in [photo, *(picture[0] for picture in pictures)]]
+    canvas = Image.new("RGB", (sum(widths) + _GAP_PX * (len(widths) + 1), head_px + _CELL_PX + caption_px), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    canvas.paste(photo.resize((widths[0], _CELL_PX), Image.Resampling.LANCZOS), (_GAP_PX, head_px))
+    for index, (left, top, width, height) in enumerate(rects):
+        x, y = _GAP_PX + left * widths[0], head_px + top * _CELL_PX
+        edges = (x - 1, y - 1, max(x + width * widths[0], x + 2), max(y + height * _CELL_PX, y + 2))
+        draw.rectangle(edges, outline=_PALETTE[index % len(_PALETTE)], width=2)
+    left_px = _GAP_PX
+    for width_px, (image, scale, prompt), index in zip(widths[1:], pictures, range(len(pictures)), strict=True):
+        left_px += widths[index] + _GAP_PX
+        draw.text((left_px, 8), scale, fill=_PALETTE[index % len(_PALETTE)], font=bold)
+        canvas.paste(image.resize((width_px, _CELL_PX), Image.Resampling.LANCZOS), (left_px, head_px))
+        for line, text in enumerate(textwrap.wrap(prompt, max(10, width_px // 8))[:3]):
+            draw.text((left_px, head_px + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=_INK, font=font)
+    return canvas
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # reward curves
 

@@ -1,1 +1,1 @@
-"""Training: the super-resolution loop and the tuning of the prompt extractor."""
+"""Training: the super-resolution backbone, and the prompt extractor by GRPO."""
