@@ -82,7 +82,7 @@ def run(task: Task, *, config_name: str) -> None:
             fail(explain(error, config_name))
 
     job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
-    sys.argv[1:] = [quote_null(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [_loosen(quote_null(argument)) for argument in sys.argv[1:]]
     try:
         job()
     except UserError as error:
@@ -103,6 +103,18 @@ def quote_null(argument: str) -> str:
     if not equals or not (CONF / group / "null.yaml").is_file():
         return argument
     return group + equals + ",".join("'null'" if part == "null" else part for part in value.split(","))
+
+
+def _loosen(argument: str) -> str:
+    """`prompter.adapter=x` → `++prompter.adapter=x`. Hydra first composes its default parts, which may lack what the bound
+    ones have; `resolve` then holds the setting against the right part."""
+    key = argument.split("=")[0]
+    group = key.split(".")[0]
+    return f"++{argument}" if "=" in argument and "." in key and group in _groups() - {"method", "profile"} else argument
+
+
+def _groups() -> set[str]:
+    return {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"hydra", "deepspeed"}
 
 
 def fail(sentence: str, *, code: int = 2) -> None:
@@ -170,12 +182,17 @@ def resolve(config_name: str) -> DictConfig:
 
 def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) -> DictConfig:
     """`resolve` for given overrides. In a sweep a fixed part may differ from the command line: other jobs use that."""
-    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
-    typed = [quote_null(override) for override in typed]
+    groups = _groups()
+    typed = [quote_null(override.removeprefix("++")) for override in typed]
     parsed = OverridesParser.create().parse_overrides(list(typed))
     chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not o.is_delete()}
     own = [f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in chosen.items()]
-    rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
+    settings = [(o, override) for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
+    # Settings inside a part wait until the parts are known.
+    inside = [
+        text for o, text in settings if "." in o.key_or_group and o.key_or_group.split(".")[0] in groups - {"method", "profile"}
+    ]
+    rest = [text for _, text in settings if text not in inside]
 
     draft = _compose(config_name, [*own, *rest])
     if "profile" in draft and config_name in draft.profile.get("sets", {}):
@@ -189,17 +206,17 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
         # without a method, a profile binds what it names for this entry point
         binds = draft.profile.get(config_name) or {} if "profile" in draft else {}
         bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen]
-        return _compose(config_name, [*bound, *own, *rest]) if bound else draft
+        return _compose(config_name, [*bound, *own, *rest, *inside]) if bound or inside else draft
     method, profile = draft.method, draft.profile
     binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
     for group, name in method.fixes.items():
         if group in chosen and str(chosen[group]) != name:
             if not sweep:
                 raise UserError(f"method={method.name} always uses {group}={name}; leave {group}={chosen[group]} out")
-            rest = [override for override in rest if not override.lstrip("+~").startswith(f"{group}.")]
+            inside = [override for override in inside if not override.lstrip("+~").startswith(f"{group}.")]
     bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen or group in method.fixes]
     own = [override for override in own if override.split("=")[0] not in method.fixes]
-    config = _compose(config_name, [*bound, *own, *rest])
+    config = _compose(config_name, [*bound, *own, *rest, *inside])
     for group, name in binds.items():
         if group not in chosen and name in profile.lacks:
             reason = f"method={method.name} needs {group}={name}, which profile={profile.name} lacks: {profile.lacks[name]}"
