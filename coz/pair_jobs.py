@@ -1,4 +1,4 @@
-"""States of chains to train the prompt extractor on: what `make_pairs.py` is the table of contents of."""
+"""States of chains to train the prompt extractor on: what `coz.apps.make_pairs` is the table of contents of."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def chain_pairs(
     question: str | None = None,
     seed: int = 0,
 ) -> Pairs:
-    """Pairs out of real chains at all depths: what the extractor will really see. `python make_pairs.py` makes them.
+    """Pairs out of real chains at all depths: what the extractor will really see. `python -m coz.apps.make_pairs` makes them.
 
     Args:
         index: the file that the command wrote.
@@ -105,7 +105,7 @@ def chain_pairs(
     file = Path(index)
     if not file.is_file():
         raise UserError(
-            f"pairs.index={index} does not exist; make it: python make_pairs.py, with the dataset and backbone to use"
+            f"pairs.index={index} does not exist; make it: python -m coz.apps.make_pairs, with the dataset and backbone to use"
         )
     written = json.loads(file.read_text(encoding="utf-8"))
     rows = [row | {"path": str(file.parent / row["path"])} for row in written["pairs"]]

@@ -34,7 +34,7 @@ class LivePrompts:
 
 
 class CachedPrompts:
-    """Texts by photograph, written by `python cache_prompts.py`.
+    """Texts by photograph, written by `python -m coz.apps.cache_prompts`.
 
     Raises:
         UserError: no such cache; a photograph that it lacks, at the first sample of it.
@@ -43,14 +43,16 @@ class CachedPrompts:
     def __init__(self, *, path: str) -> None:
         self._path = Path(path).expanduser()
         if not self._path.is_file():
-            raise UserError(f"prompts.path={path} does not exist; fill it with `python cache_prompts.py prompts.path={path}`")
+            raise UserError(
+                f"prompts.path={path} does not exist; fill it with `python -m coz.apps.cache_prompts prompts.path={path}`"
+            )
         self._texts = read_cache(self._path)
 
     def __call__(self, hr: Tensor, photos: Sequence[Path], seeds: Sequence[int]) -> list[str]:
         try:
             return [self._texts[cache_key(photo)] for photo in photos]
         except KeyError as error:
-            raise UserError(f"{self._path} has no prompt for {error}; run `python cache_prompts.py` again") from error
+            raise UserError(f"{self._path} has no prompt for {error}; run `python -m coz.apps.cache_prompts` again") from error
 
 
 def cache_key(photo: Path) -> str:
