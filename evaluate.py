@@ -1,4 +1,7 @@
-"""Evaluate a method at a scale: states, metrics, table, strips. `python evaluate.py --help` lists the settings."""
+"""Evaluate a method at a scale: states, metrics, table, strips; or its running time, or the agreement of its overlaps.
+
+`python evaluate.py --help` lists the settings, conf/experiment/ the tables of the paper.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,7 @@ def main(_: DictConfig) -> None:
     with job.refusals_noted():
         photos = jobs.list_photos(job)
         parts = jobs.build_parts(job, photos)
-        lineages, failures = jobs.make_states(job, parts, photos)
-        rows = jobs.measure_states(job, parts, lineages, failures)
+        rows = parts.task(job, parts, photos)
         jobs.save(job, parts, photos, rows)
     if not job.in_sweep:
         jobs.publish(job)

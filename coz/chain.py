@@ -221,10 +221,33 @@ def prompt_pair(
     return current, state_images
 
 
+def ask(state_images: Tensor, views: Sequence[View], *, step: int, seeds: Sequence[int], settings: StepSettings) -> list[str]:
+    """The first half of a step: prompts c_i from (x_{i-1}, x_{i-2}). Arguments as in `take_step`."""
+    if not getattr(settings.prompter, "reads_images", True):
+        return settings.prompter(state_images, None, seeds=seeds)
+    current, context = prompt_pair(state_images, views, step=step, first_pair=settings.first_pair)
+    return settings.prompter(current, context, seeds=seeds)
+
+
+def restore(
+    state_images: Tensor, views: Sequence[View], prompts: Sequence[str], *, seeds: Sequence[int], settings: StepSettings
+) -> Tensor:
+    """The second half of a step: x_i from the view and c_i (Eq. 4). Arguments as in `take_step`."""
+    lr = torch.cat([view.crop(image[None]) for view, image in zip(views, state_images, strict=True)])
+    size = (state_images.shape[-2], state_images.shape[-1])
+    images = settings.backbone(lr, size=size, prompts=prompts, seeds=seeds)
+    if images.shape != state_images.shape or not bool(torch.isfinite(images).all()):
+        name = type(settings.backbone).__name__
+        raise ValueError(
+            f"{name} returned {tuple(images.shape)} or values that are not finite, expected {tuple(state_images.shape)}"
+        )
+    return quantize(images, rounding=settings.rounding)
+
+
 def take_step(
     state_images: Tensor, views: Sequence[View], *, step: int, seeds: Sequence[int], settings: StepSettings
 ) -> tuple[Tensor, list[str]]:
-    """One zoom of a batch: prompts c_i from (x_{i-1}, x_{i-2}), then x_i from the view and c_i (Eq. 4).
+    """One zoom of a batch: `ask`, then `restore`.
 
     Args:
         state_images: (B, 3, S, S).
@@ -235,17 +258,8 @@ def take_step(
     Returns:
         The next state's images (B, 3, S, S) on the 8-bit grid, and the prompts.
     """
-    current, context = prompt_pair(state_images, views, step=step, first_pair=settings.first_pair)
-    prompts = settings.prompter(current, context, seeds=seeds)
-    lr = torch.cat([view.crop(image[None]) for view, image in zip(views, state_images, strict=True)])
-    size = (state_images.shape[-2], state_images.shape[-1])
-    images = settings.backbone(lr, size=size, prompts=prompts, seeds=seeds)
-    if images.shape != state_images.shape or not bool(torch.isfinite(images).all()):
-        name = type(settings.backbone).__name__
-        raise ValueError(
-            f"{name} returned {tuple(images.shape)} or values that are not finite, expected {tuple(state_images.shape)}"
-        )
-    return quantize(images, rounding=settings.rounding), prompts
+    prompts = ask(state_images, views, step=step, seeds=seeds, settings=settings)
+    return restore(state_images, views, prompts, seeds=seeds, settings=settings), prompts
 
 
 def zoom_chain(

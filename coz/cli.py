@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -12,7 +13,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +172,8 @@ def resolve(config_name: str) -> DictConfig:
 
     A profile may also set values of a certain entry point (`sets.<config>`); one whose key the chosen parts lack is left out.
 
-    `config.lacking` says what of the method the profile cannot give, and is empty where it can.
+    `config.lacking` says what of the method the profile cannot give, and is empty where it can. Where the profile has
+    another data set in the place of the one asked for, `config.stands_for` names the latter.
 
     Raises:
         UserError: the command line gives a method a part that its definition fixes.
@@ -185,23 +188,17 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     groups = _groups()
     typed = [quote_null(override.removeprefix("++")) for override in typed]
     parsed = OverridesParser.create().parse_overrides(list(typed))
-    chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not o.is_delete()}
+    # An experiment is added with a +, and stays among the other overrides.
+    chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not (o.is_delete() or o.is_add())}
     own = [f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in chosen.items()]
-    settings = [(o, override) for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
-    # Settings inside a part wait until the parts are known.
-    inside = [
-        text for o, text in settings if "." in o.key_or_group and o.key_or_group.split(".")[0] in groups - {"method", "profile"}
-    ]
-    rest = [text for _, text in settings if text not in inside]
+    settings = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
+    # Settings of parts wait until it is known which parts these are.
+    inside = [override for override in settings if _sets_part(override, groups)]
+    rest = [override for override in settings if override not in inside]
 
     draft = _compose(config_name, [*own, *rest])
     if "profile" in draft and config_name in draft.profile.get("sets", {}):
-        sets = {str(key): value for key, value in draft.profile.sets[config_name].items()}
-        own = [*(f"{key}={value}" for key, value in sets.items() if key in groups and key not in chosen), *own]
-        draft = _compose(config_name, [*own, *rest])
-        present = [key for key in sets if key not in groups and OmegaConf.select(draft, key, default=draft) is not draft]
-        rest = [*(f"{key}={_as_override(sets[key])}" for key in present), *rest]  # what was typed comes later and wins
-        draft = _compose(config_name, [*own, *rest])
+        own, rest, draft = _with_sets(draft, config_name, own, rest, chosen=chosen, groups=groups)
     if "method" not in draft or "profile" not in draft:
         # without a method, a profile binds what it names for this entry point
         binds = draft.profile.get(config_name) or {} if "profile" in draft else {}
@@ -215,17 +212,71 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
                 raise UserError(f"method={method.name} always uses {group}={name}; leave {group}={chosen[group]} out")
             inside = [override for override in inside if not override.lstrip("+~").startswith(f"{group}.")]
     bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen or group in method.fixes]
-    own = [override for override in own if override.split("=")[0] not in method.fixes]
+    asked_for, stand_in = _stand_in(draft, inside)
+    bound += [f"dataset='{stand_in}'"] if stand_in else []
+    own = [o for o in own if o.split("=")[0] not in method.fixes and not (stand_in and o.startswith("dataset="))]
+    if sweep:
+        inside = _applicable(_compose(config_name, [*bound, *own, *rest]), inside)
     config = _compose(config_name, [*bound, *own, *rest, *inside])
+    config.stands_for = asked_for if stand_in else ""
     for group, name in binds.items():
         if group not in chosen and name in profile.lacks:
             reason = f"method={method.name} needs {group}={name}, which profile={profile.name} lacks: {profile.lacks[name]}"
             config.lacking = reason
+    if asked_for in profile.lacks and not stand_in:
+        config.lacking = f"profile={profile.name} lacks dataset={asked_for}: {profile.lacks[asked_for]}"
     return config
+
+
+def _with_sets(
+    draft: DictConfig, config_name: str, own: list[str], rest: list[str], *, chosen: Mapping[str, object], groups: set[str]
+) -> tuple[list[str], list[str], DictConfig]:
+    """The overrides with what the profile sets of this entry point before them, so that what was typed wins."""
+    sets = {str(key): value for key, value in draft.profile.sets[config_name].items()}
+    own = [*(f"{key}={value}" for key, value in sets.items() if key in groups and key not in chosen), *own]
+    draft = _compose(config_name, [*own, *rest])
+    present = [key for key in sets if key not in groups and OmegaConf.select(draft, key, default=draft) is not draft]
+    rest = [*(f"{key}={_as_override(sets[key])}" for key in present), *rest]
+    return own, rest, _compose(config_name, [*own, *rest])
 
 
 def _as_override(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _sets_part(override: str, groups: set[str]) -> bool:
+    """Whether an override sets something inside a part that a method or profile may choose."""
+    group, dot, _ = override.lstrip("+~").partition("=")[0].partition(".")
+    return bool(dot) and group in groups - {"profile", "method"}
+
+
+def _applicable(config: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """In a sweep, a setting of one job's part that another job's part does not have, such as `prompter.adapter`, is for the
+    former. One that no part has stays, and is the error it is."""
+    kept = []
+    for override in overrides:
+        key = override.partition("=")[0]
+        group = key.split(".")[0]
+        if key.startswith(("+", "~")) or OmegaConf.select(config, key, default=config) is not config:
+            kept.append(override)
+            continue
+        known = any(
+            OmegaConf.select(OmegaConf.load(file), key.partition(".")[2], default=config) is not config
+            for file in (CONF / group).glob("*.yaml")
+        )
+        if known:
+            logger.info("%s does not apply to %s=%s", override, group, config.choices[group])
+        else:
+            kept.append(override)
+    return kept
+
+
+def _stand_in(draft: DictConfig, typed: Sequence[str]) -> tuple[str, str]:
+    """(the data set that was asked for, what the profile has in its place or ""). A path that is typed wins over both."""
+    asked_for = str(draft.choices.get("dataset", ""))
+    if any(override.lstrip("+").startswith("dataset.path=") for override in typed):
+        return "", ""
+    return asked_for, str(draft.profile.get("datasets", {}).get(asked_for, ""))
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -235,7 +286,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     OmegaConf.set_struct(config, False)
     config.choices = {group: choices[group] for group in choices if "/" not in group and not group.startswith("hydra")}
     del config["hydra"]
-    config.lacking = ""
+    config.lacking, config.stands_for = "", ""
     OmegaConf.set_struct(config, True)
     return config
 
@@ -298,12 +349,47 @@ def _commit() -> str:
 
 
 class TabulateSweep(Callback):
-    """When a sweep ends, one table and the strips over all its jobs."""
+    """Before a sweep starts, a look at its data sets; when it ends, one table and the strips over all its jobs."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        with _said():
+            for dataset in _swept_datasets(config):
+                build(dataset)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         from coz.results import publish_sweep
 
-        publish_sweep(Path(config.hydra.sweep.dir), config)
+        with _said():
+            publish_sweep(Path(config.hydra.sweep.dir), config)
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """Hydra turns what a callback raises into a warning and goes on; an exit it lets through."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:  # each job finds it again and says it
+        logger.debug("left to the jobs", exc_info=error)
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+def _swept_datasets(config: DictConfig) -> Iterator[DictConfig]:
+    """The nodes of the data sets that a sweep names, but for those that its profile lacks."""
+    typed = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))}
+    swept = str((config.hydra.sweeper.get("params") or {}).get("dataset", ""))
+    if "dataset" in typed:
+        swept = typed["dataset"].get_value_element_as_str()
+    profile = config.hydra.runtime.choices.get("profile", "")
+    kept = [o.input_line for key, o in typed.items() if key.startswith("dataset.") and not o.is_sweep_override()]
+    for name in swept.split(",") if re.fullmatch(r"[\w,]+", swept) else []:
+        overrides = [f"profile={profile}", f"dataset={name}", *kept]
+        one = resolve_overrides(overrides, config_name=config.hydra.job.config_name, sweep=True)
+        if f"lacks dataset={name}" not in one.lacking:
+            yield one.dataset
 
 
 def as_mapping(node: DictConfig | None) -> Mapping[str, DictConfig]:

@@ -1,5 +1,7 @@
 """Metrics of stored pictures: files in, numbers out, one long row per value.
 
+`python -m coz.metrics sr=FOLDER gt=FOLDER` compares two folders, see `folder_metrics`.
+
 No-reference quality (NIQE), and what shows whether a magnification still belongs to its photograph (consistency).
 """
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from coz.checkpoint import file_digest
 from coz.errors import UserError
-from coz.image import View, from_pil, reduce_area, resize
+from coz.image import View, from_pil, read_photo, reduce_area, resize
 from coz.perceptual import find_trunk, load_lpips, lpips_identity
 
 NIQE_PARAMETERS = Path(__file__).parent / "assets" / "niqe_pris_params.npz"
@@ -36,10 +38,33 @@ class Sample:
     view: View  # in pixels of the parent
     start: Path  # the start state, S x S
     region: tuple[float, float, float]  # left, top, side of what the output shows, as fractions of the start state
+    truth: Truth | None = None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Real pixels of what an output shows: a whole picture, or a part of a photograph's central square."""
+
+    picture: Path
+    square_px: int | None = None  # side of the central square that the start state was reduced from; None: the picture as it is
+    region: tuple[float, float, float] = (0.0, 0.0, 1.0)  # left, top, side, as fractions of that square
+
+    def read(self, size: tuple[int, int]) -> Tensor:
+        """(1, 3, H, W); a part of a photograph is brought to `size` by Lanczos, as the start state was."""
+        photo = read_photo(self.picture)
+        if self.square_px is None:
+            return from_pil(photo)
+        corner = ((photo.width - self.square_px) // 2, (photo.height - self.square_px) // 2)
+        left, top, side = (edge * self.square_px for edge in self.region)
+        box = (corner[0] + left, corner[1] + top, corner[0] + left + side, corner[1] + top + side)
+        return from_pil(photo.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box))
 
 
 class Metric(Protocol):
-    """A number for a sample. Construction checks that its weights are there; they are read at the first call."""
+    """A number for a sample. Construction checks that its weights are there; they are read at the first call.
+
+    Two attributes may be left out: `needs_truth`, and `parallel` (runs well in a process of its own, beside a GPU's work).
+    """
 
     name: str
     label: str
@@ -56,7 +81,8 @@ class Metric(Protocol):
         ...
 
 
-def _read(path: Path) -> Tensor:
+def read_picture(path: Path) -> Tensor:
+    """(1, 3, H, W) in [0, 1]."""
     with Image.open(path) as image:
         return from_pil(image)
 
@@ -77,6 +103,7 @@ class Niqe:
     label = "NIQE"
     higher_is_better = False
     worst = 100.0
+    parallel = True
 
     def __init__(self, *, arithmetic: Literal["cuda", "cpu"] = "cuda") -> None:
         if arithmetic not in ("cuda", "cpu"):
@@ -153,8 +180,8 @@ class ConsistencyStep:
         return {"metric": self.name, "epsilon": PSNR_EPSILON}
 
     def __call__(self, sample: Sample) -> float:
-        view = sample.view.crop(_read(sample.parent))
-        return psnr(reduce_area(_read(sample.image), (view.shape[-2], view.shape[-1])), view)
+        view = sample.view.crop(read_picture(sample.parent))
+        return psnr(reduce_area(read_picture(sample.image), (view.shape[-2], view.shape[-1])), view)
 
 
 class ConsistencyStepLpips:
@@ -180,9 +207,9 @@ class ConsistencyStepLpips:
 
     @torch.inference_mode()
     def __call__(self, sample: Sample) -> float:
-        view = sample.view.crop(_read(sample.parent))
+        view = sample.view.crop(read_picture(sample.parent))
         side = view.shape[-1]
-        back = reduce_area(_read(sample.image), side)
+        back = reduce_area(read_picture(sample.image), side)
         if side < self._SMALLEST_PX:
             view, back = resize(view, self._SMALLEST_PX), resize(back, self._SMALLEST_PX)
         return float(self._net(back, view, normalize=True))
@@ -214,4 +241,16 @@ class ConsistencyInput:
             else:  # a region that does not lie on the photograph's pixels is sampled from them
                 shown = image.resize((count, count), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
             view = from_pil(shown)
-        return psnr(reduce_area(_read(sample.image), count), view)
+        return psnr(reduce_area(read_picture(sample.image), count), view)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from coz.folder_metrics import main
+
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

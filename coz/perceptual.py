@@ -51,7 +51,7 @@ def load_lpips(trunk: Trunk, weights: str | None = None) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision on its own changed arguments
         net = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
-    state = _trunk_state(path, trunk)
+    state = trunk_state(path, trunk)
     names = {f"{index}.{part}": f"{slice_}.{index}.{part}" for slice_, index in _slices(net.net) for part in ("weight", "bias")}
     load_strict(net.net, {names.get(name, name): tensor for name, tensor in state.items()}, what=str(path))
     return net.eval().requires_grad_(False)
@@ -69,7 +69,7 @@ def _slices(trunk: nn.Module) -> list[tuple[str, int]]:
     return [(slice_, int(index)) for slice_, layers in trunk.named_children() for index, _ in layers.named_children()]
 
 
-def _trunk_state(path: Path, trunk: Trunk) -> StateDict:
+def trunk_state(path: Path, trunk: Trunk) -> StateDict:
     """{index.weight, index.bias} of the trunk's convolutions, indexed as in torchvision's `features`."""
     if path.suffix == ".ckpt":
         arrays = load_numpy_pickle(path)

@@ -1,4 +1,5 @@
-"""Fetch the weights that a configuration needs, before a job starts: `python -m coz.prepare method=coz_vlm`.
+"""Fetch the weights that a configuration needs, before a job starts: `python -m coz.prepare method=coz_vlm`; or prepare a data
+set: `python -m coz.prepare dataset=div2k` unpacks its archives, checks it and writes a manifest with checksums.
 
 Says what is there already and what is missing; downloads resume. Files that are on no hub (the authors' own links) are named
 with the setting that takes their path.
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from coz import cli
 from coz.checkpoint import WeightsNotFound, split_repository
+from coz.data import datasets
 from coz.errors import UserError
 
 GROUPS = ("backbone", "prompter", "critic", "metrics")
@@ -116,9 +118,17 @@ def fetch(need: Need) -> str:
     return folder
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def main(_: DictConfig) -> None:
-    """Report, and fetch what is missing unless `list=true`."""
+    """A data set prepared; or a report on weights, and what is missing fetched unless `list=true`."""
     config = cli.resolve("prepare")
+    if config.dataset.get("count"):  # a published data set, not a folder of anybody's
+        settings = OmegaConf.to_container(config.dataset, resolve=True)
+        datasets.prepare(**{str(key): value for key, value in settings.items() if key != "_target_"}, say=_say)  # type: ignore[union-attr,arg-type]
+        return
     needs = [Need("weights", str(config.weights))] if config.weights else list(dict.fromkeys(needs_of(config)))
     unfetched = []
     for need in needs:

@@ -37,13 +37,15 @@ class JobRecord:
     refusals: list[Refusal] = field(default_factory=list)
     columns: list[Column] = field(default_factory=list)
     credits: dict[str, str] = field(default_factory=dict)
+    setting: dict[str, str] = field(default_factory=dict)  # what a published table's title says of a run
 
     @classmethod
     def read(cls, folder: Path) -> JobRecord:
         """The record in a job's folder."""
         entry = json.loads((folder / RECORD).read_text())
         refusals = [Refusal(**refusal) for refusal in entry["refusals"]]
-        return cls(entry["overrides"], refusals, [Column(**column) for column in entry["columns"]], entry["credits"])
+        columns = [Column(**column) for column in entry["columns"]]
+        return cls(entry["overrides"], refusals, columns, entry["credits"], entry.get("setting", {}))
 
 
 def save_job(folder: Path, record: JobRecord, rows: Sequence[Row]) -> None:
@@ -70,7 +72,10 @@ def publish(folder: Path, jobs: Sequence[Path], *, states: Path, strips: int) ->
     columns = list({column.name: column for record in records for column in record.columns}.values())
     credits = {name: credit for record in records for name, credit in record.credits.items()}
 
-    table = results_table(rows, columns, refusals)
+    remarks = {record.setting.get("reference", "") for record in records}
+    remarks |= {f"skipped, too small for it: {s}" for record in records if (s := record.setting.get("skipped"))}
+    remarks |= {f"{s['dataset']} stands in for {s['stands_for']}" for s in (r.setting for r in records) if s.get("stands_for")}
+    table = results_table(rows, columns, refusals, sorted(remarks - {""}))
     texts = [table.markdown()]
     niqe = next((column for column in columns if column.name == "niqe"), None)
     paired = differences_table(rows, niqe) if niqe else None
@@ -82,11 +87,23 @@ def publish(folder: Path, jobs: Sequence[Path], *, states: Path, strips: int) ->
     write_atomic(folder / "table.tex", table.latex())
     write_atomic(folder / "table.md", "\n".join(texts))
     drawn = draw_strips(folder / "strips", rows, states=states, limit=strips, credits=credits)
-    print("\n" + "\n".join(texts))
+    named = {record.setting.get("table", "") for record in records} - {""}
+    if not named:
+        print("\n" + "\n".join(texts))
+    for name in sorted(named):
+        publish_paper_table(folder, jobs, name)
     print(f"table: {folder / 'table.md'}")
     if drawn:
         print(f"strips: {drawn[0]}" + (f" and {len(drawn) - 1} more beside it" if len(drawn) > 1 else ""))
     sys.stdout.flush()
+
+
+def publish_paper_table(folder: Path, jobs: Sequence[Path], name: str) -> None:
+    """Lay jobs out as the table of the paper that their experiment names, if it names one."""
+    from coz.paper_tables import publish_table  # which reads what this module writes
+
+    if name:
+        print("\n" + publish_table(name, jobs, folder))
 
 
 def _label(method: str, variant: Sequence[str]) -> str:
@@ -99,7 +116,10 @@ def _variants(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     """What tells each job of a sweep apart besides scale and method."""
     shared = set.intersection(*map(set, overrides)) if overrides else set()
     told = ("scale", "method")
-    return [[o.replace("'", "") for o in own if o not in shared and o.split("=")[0] not in told] for own in overrides]
+    return [
+        [o.replace("'", "").removeprefix("++") for o in own if o not in shared and o.split("=")[0] not in told]
+        for own in overrides
+    ]
 
 
 def publish_sweep(folder: Path, config: DictConfig) -> None:
@@ -113,6 +133,7 @@ def publish_sweep(folder: Path, config: DictConfig) -> None:
         return
     records = [JobRecord.read(job) for job in jobs]
     if all(not record.columns for record in records):
+        publish_paper_table(folder, jobs, records[0].setting.get("table", ""))
         raise UserError("no combination of this sweep can run here: " + records[0].refusals[0].reason)
     publish(folder, jobs, states=Path(config.outputs) / "states", strips=int(config.strips))
 

@@ -1,4 +1,7 @@
-"""Tables out of long rows: means with their intervals, paired differences; Markdown, CSV and LaTeX."""
+"""Tables out of long rows: means with their intervals, paired differences; Markdown, CSV and LaTeX.
+
+`python -m coz.tables table1 RUN…` lays runs out as a table of the paper, see `paper_tables`.
+"""
 
 from __future__ import annotations
 
@@ -192,7 +195,9 @@ def _tex(text: str) -> str:
     return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$").replace("–", "--")
 
 
-def results_table(rows: Sequence[Row], columns: Sequence[Column], refusals: Sequence[Refusal] = ()) -> Table:
+def results_table(
+    rows: Sequence[Row], columns: Sequence[Column], refusals: Sequence[Refusal] = (), remarks: Sequence[str] = ()
+) -> Table:
     """Scales × methods against metrics: mean [low, high], the best of a scale marked *, with n and notes."""
     cells = summarise(rows)
     labels = {(float(row["scale"]), str(row["method"])) for row in rows}  # type: ignore[arg-type]
@@ -210,6 +215,7 @@ def results_table(rows: Sequence[Row], columns: Sequence[Column], refusals: Sequ
     for refusal in refusals:
         subject = f"{refusal.method} at {refusal.scale:g}×" if refusal.method else refusal.metric
         notes.append(f"{subject} is empty: {refusal.reason}")
+    notes += [f"Note: {remark}." for remark in remarks]
     notes.append("Mean [bootstrap 95 % interval over photographs]; * marks the best of a scale.")
     return Table(header, body, list(dict.fromkeys(notes)))
 
@@ -236,3 +242,16 @@ def differences_table(rows: Sequence[Row], column: Column) -> Table | None:
         body.append([f"{d.scale:g}×", f"{d.method} − {d.against}", str(d.cell.n), f"{d.cell.mean:+.4f}", interval, verdict])
     header = ["scale", f"{column.label}, paired", "n", "mean difference", "95 % interval", "verdict"]
     return Table(header, body, [f"Negative is better for {column.label}."] if not column.higher_is_better else [])
+
+
+if __name__ == "__main__":
+    import sys
+
+    from coz.errors import UserError
+    from coz.paper_tables import main
+
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

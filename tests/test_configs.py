@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from coz import cli
 from coz.errors import UserError
+from coz.paper_tables import find_layout, read_figures
 
 GROUPS = sorted(folder for folder in cli.CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "deepspeed"))
 NODES = sorted(file for folder in GROUPS for file in folder.glob("*.yaml"))
@@ -113,6 +114,50 @@ def test_tiny_means_small_and_random():
     assert full.backbone.weights.startswith("stabilityai/")
     assert full.backbone.lora.endswith(".pkl")
     assert full.prompter.weights.startswith("Qwen/")
+
+
+def test_a_setting_of_a_part_waits_for_the_method_that_brings_it():
+    assert _resolve("method=coz_vlm", "prompter.adapter=outputs/x").prompter.adapter == "outputs/x"
+    assert _resolve("prompter.adapter=outputs/x", "method=coz_vlm").prompter.adapter == "outputs/x"
+
+
+def test_in_a_sweep_a_setting_is_for_the_parts_that_have_it():
+    tuned = _resolve("method=coz_vlm", "prompter.adapter=outputs/x", sweep=True)
+    assert tuned.prompter.adapter == "outputs/x"
+    other = _resolve("method=direct", "prompter.adapter=outputs/x", sweep=True)
+    assert "adapter" not in other.prompter
+    with pytest.raises(Exception, match=r"prompter\.adaptor"):
+        _resolve("method=direct", "prompter.adaptor=outputs/x", sweep=True)
+    with pytest.raises(Exception, match=r"prompter\.adapter"):
+        _resolve("method=direct", "prompter.adapter=outputs/x")
+
+
+def test_a_data_set_that_a_profile_lacks_is_stood_in_for_or_named():
+    config = _resolve("profile=embedded", "method=nn", "dataset=div2k", "dataset.limit=6")
+    assert (config.choices.dataset, config.stands_for, config.dataset.limit) == ("photos", "div2k", 6)
+    assert config.lacking == ""
+    config = _resolve("profile=tiny", "method=nn", "dataset=div8k")
+    assert "dataset=div8k" in config.lacking
+    for path in ("dataset.path=/my/div2k", "++dataset.path=/my/div2k"):
+        typed = _resolve("profile=embedded", "method=nn", "dataset=div2k", path)
+        assert (typed.choices.dataset, typed.stands_for, typed.lacking) == ("div2k", "", "")
+    paper = _resolve("method=nn", "dataset=div2k")
+    assert (paper.choices.dataset, paper.stands_for, paper.dataset.count) == ("div2k", "", 800)
+
+
+@pytest.mark.parametrize("file", sorted((cli.CONF / "experiment").glob("table*.yaml")), ids=lambda file: file.stem)
+def test_an_experiment_sweeps_what_its_table_shows(file):
+    swept = OmegaConf.load(file).hydra.sweeper.params
+    layout = find_layout(file.stem)
+    keys = read_figures(layout)
+    assert swept.method.split(",") == list(layout.methods)
+    assert swept.dataset.split(",") == list(layout.datasets)
+    assert {float(scale) for scale in swept.scale.split(",")} >= {key.scale for key in keys}
+    config = _resolve(
+        f"+experiment={file.stem}", "profile=tiny", "scale=4", "dataset=div2k", "method=coz_null", "dataset.limit=6"
+    )
+    assert config.table == file.stem
+    assert config.dataset.limit == 6  # what was typed wins
 
 
 def test_a_sweep_keeps_its_parts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -162,3 +163,66 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         prefix = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
     sentence = _mistake(*QUICK, f"outputs={locked}/out", prefix=prefix)
     assert "locked" in sentence
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Table 1 by one command, as far as this machine gets."""
+    outputs = tmp_path_factory.mktemp("table")
+    small = ["profile=embedded", "backbone=bicubic", "scale=4,16", "dataset.limit=2", "metrics=consistency", "strips=0"]
+    code, out, err = _run("-m", "+experiment=table1", *small, f"outputs={outputs}", f"hydra.sweep.dir={outputs}/run")
+    assert code == 0, err
+    return outputs / "run", out
+
+
+def test_one_command_gives_a_table_of_the_paper(table):
+    folder, out = table
+    text = (folder / "table1.md").read_text()
+    assert text.strip() in out
+    for part in (
+        "Table 1 of arXiv 2505.18600",
+        "stand in for DIV2K",
+        "lacks dataset=div8k",
+        "CoZ (VLM)",
+        "8.2335",
+        "needs prompter=dape",
+    ):
+        assert part in text, part
+    for name in ("table1.csv", "table1.tex", "rows.csv"):
+        assert (folder / name).stat().st_size
+
+
+def test_a_chain_is_computed_once_for_all_scales(table):
+    folder, _ = table
+    computed = {}
+    for timing in folder.glob("job_*/timing.json"):
+        overrides = json.loads((timing.parent / "job.json").read_text())["overrides"]
+        method, scale = (next(o.split("=")[1] for o in overrides if o.startswith(f"{key}=")) for key in ("method", "scale"))
+        computed[method, scale] = json.loads(timing.read_text())["states_computed"]
+    assert computed["coz_null", "4"] + computed["coz_null", "16"] <= 2 * 2  # two photographs, two steps
+    assert (
+        sum(computed[key] for key in computed if key[0] in ("direct", "coz_null")) == 2 * 3
+    )  # direct 4x is the chain's first step
+
+
+def test_tabulating_again_gives_the_same_table(table):
+    folder, _ = table
+    before = (folder / "table1.md").read_bytes()
+    command = [sys.executable, "-m", "coz.tables", "table1", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    assert (folder / "table1.md").read_bytes() == before
+
+
+def test_an_absent_data_set_is_said_before_a_sweep_begins(tmp_path):
+    sentence = _mistake("-m", "+experiment=table1", f"dataset.path={tmp_path}/div2k", f"outputs={tmp_path}/out")
+    assert "dataset=div2k is not at" in sentence
+    assert "coz.prepare dataset=div2k" in sentence
+    assert not list((tmp_path / "out").glob("evaluate/*/job_0"))
+
+
+def test_a_sweep_that_can_do_nothing_shows_the_papers_figures_and_fails(tmp_path):
+    arguments = ["-m", "+experiment=table5", "profile=embedded", "method=coz_vlm", "scale=4", f"outputs={tmp_path}/out"]
+    code, out, err = _run(*arguments)
+    assert code == 2, err
+    assert "no combination of this sweep can run here" in err
+    assert "4.6546" in out

@@ -10,8 +10,9 @@ from PIL import Image
 from coz.chain import StepSettings
 from coz.data.photos import list_photos
 from coz.errors import UserError
-from coz.evaluation import Labels, Plan, StateMaker, measure, plan_for, row_order
+from coz.evaluation import Plan, StateMaker, plan_for
 from coz.image import resize
+from coz.measuring import Labels, measure, row_order
 from coz.metrics import ConsistencyInput, ConsistencyStep
 from coz.prompters.null import NullPrompter
 from coz.store import StateStore

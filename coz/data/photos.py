@@ -86,6 +86,12 @@ def check_header(path: Path, *, min_side_px: int) -> None:
         raise UnreadableImage(f"{path} is {width} x {height} px; the short side must be at least {min_side_px} px")
 
 
+def short_side_px(path: Path) -> int:
+    """The shorter side of a photograph, by its header."""
+    with Image.open(path) as file:
+        return min(file.size)
+
+
 def _photo(file: Path, folder: Path, credits: dict[str, dict]) -> Photo:
     entry = credits.get(file.name, {})
     at = entry.get("at")

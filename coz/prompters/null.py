@@ -10,6 +10,8 @@ from torch import Tensor
 class NullPrompter:
     """Says nothing about any view."""
 
+    reads_images = False  # spares the enlargement of what it would not look at
+
     @property
     def fingerprint(self) -> Mapping[str, object]:
         return {"name": "null", "weights": None}
