@@ -1,4 +1,7 @@
-"""Ask a prompter about every photograph of a training once. `python -m coz.apps.cache_prompts prompter=tags data.paths=[/photos]`"""
+"""Ask a prompter about every photograph of a training once.
+
+`python -m coz.apps.cache_prompts prompter=tags data.paths=[/photos]`
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Make the states of chains that `train_grpo.py pairs=chain` trains on. `python -m coz.apps.make_pairs --help` lists the settings."""
+"""Make the states of chains that `train_grpo.py pairs=chain` trains on.
+
+`python -m coz.apps.make_pairs --help` lists the settings.
+"""
 
 from __future__ import annotations
 
