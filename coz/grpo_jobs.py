@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from filelock import FileLock
@@ -91,14 +91,18 @@ def open_run(config_name: str) -> Run:
 def describe_recipe(chosen: DictConfig) -> list[str]:
     """Say where the chosen recipe differs from the other one. → the lines."""
     other = RECIPES[1] if chosen.name == RECIPES[0] else RECIPES[0]
-    theirs = OmegaConf.to_container(OmegaConf.load(cli.CONF / "grpo" / f"{RECIPES[0]}.yaml").args)
+    theirs = _plain(OmegaConf.load(cli.CONF / "grpo" / f"{RECIPES[0]}.yaml").args)
     if other != RECIPES[0]:
-        theirs |= OmegaConf.to_container(OmegaConf.load(cli.CONF / "grpo" / f"{other}.yaml").args)
-    ours = OmegaConf.to_container(chosen.args, resolve=True)
+        theirs |= _plain(OmegaConf.load(cli.CONF / "grpo" / f"{other}.yaml").args)
+    ours = _plain(chosen.args, resolve=True)
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
     lines = [f"{key}: {ours[key]}  ({other}: {theirs[key]})" for key in differing]
     logger.info("grpo=%s differs from grpo=%s in %d settings:\n  %s", chosen.name, other, len(lines), "\n  ".join(lines))
     return lines
+
+
+def _plain(node: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
+    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=resolve))
 
 
 def build_parts(run: Run) -> Parts:
@@ -112,7 +116,7 @@ def build_parts(run: Run) -> Parts:
     checkpoint = _checkpoint_to_resume(run)
     completions_per_process(config.grpo, processes=run.processes)
     pick_device(config.device)
-    built: dict[str, object] = {}
+    built: dict[str, Any] = {}
     missing: list[str] = []
     nodes = {
         "policy": config.policy,
@@ -130,7 +134,7 @@ def build_parts(run: Run) -> Parts:
     habits = cli.build(config.grpo.habits)
     if not habits and built["policy"].weights == "random":
         logger.warning("policy.weights=random with grpo.habits.steps=0: a random model's answers carry nothing to learn from")
-    return Parts(built["policy"], rewards, cli.build(config.pairs), habits, checkpoint)  # type: ignore[arg-type]
+    return Parts(built["policy"], rewards, cli.build(config.pairs), habits, checkpoint)
 
 
 def _checkpoint_to_resume(run: Run) -> Path | None:
@@ -211,7 +215,7 @@ def _teach(parts: Parts, base: Path) -> None:
     logger.info("bad habits taught, last loss %.3f; the model is in %s", loss, base)
     fresh = base.with_name(f".{base.name}.new")
     model.save_pretrained(fresh)
-    processor.save_pretrained(fresh)
+    processor.save_pretrained(fresh)  # type: ignore[attr-defined]  # transformers' own have it
     fresh.rename(base)
 
 
@@ -263,7 +267,7 @@ def training_arguments(run: Run, rewards: Sequence[Reward]) -> object:
     config = run.config
     device = pick_device(config.device)
     at_a_time, times = completions_per_process(config.grpo, processes=run.processes)
-    settings = OmegaConf.to_container(config.grpo.args, resolve=True)
+    settings = _plain(config.grpo.args, resolve=True)
     settings |= {
         "output_dir": str(run.folder),
         "per_device_train_batch_size": at_a_time,
@@ -373,7 +377,8 @@ def _report(run: Run, parts: Parts) -> None:
     write_json(run.folder / "timing.json", timing_of(run.folder))
     figure = draw_rewards([run.folder], out=run.folder / "rewards.png")
     for reward in parts.rewards:
-        if getattr(reward, "failed", 0):
-            logger.warning("the critic gave no score for %d of %d answers", reward.failed, reward.asked)
+        failed, asked = getattr(reward, "failed", 0), getattr(reward, "asked", 0)
+        if failed:
+            logger.warning("the critic gave no score for %d of %d answers", failed, asked)
     base = f" prompter.weights={run.folder / BASE_FOLDER}" if parts.habits else ""
     logger.info("curves: %s\nuse the adapter: prompter=vlm%s prompter.adapter=%s", figure, base, run.folder / ADAPTER_FOLDER)

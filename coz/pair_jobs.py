@@ -20,7 +20,7 @@ from coz.checkpoint import WeightsNotFound
 from coz.data.photos import Photo
 from coz.errors import UserError
 from coz.evaluation import Lineage, Plan, StateMaker
-from coz.image import from_pil, read_photo
+from coz.image import View, from_pil, read_photo
 from coz.models.placement import pick_device
 from coz.store import StateStore, StoredState, write_json
 
@@ -134,7 +134,7 @@ def _pairs_of(lineage: Lineage, parts: Parts, *, relative_to: Path) -> list[dict
     return [_row(lineage, state, view, relative_to) for state, view in zip(chain, views, strict=True)]
 
 
-def _next_view(lineage: Lineage, *, step: int) -> object:
+def _next_view(lineage: Lineage, *, step: int) -> View:
     image = from_pil(read_photo(lineage.state.image_path))[0]
     return look(image, lineage.region, step=step, factor=MAX_FACTOR, at=lineage.photo.at or "centre")
 

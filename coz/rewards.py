@@ -200,7 +200,7 @@ class ServedCriticReward(CriticReward):
 
     critic: AsyncCritic
 
-    async def __call__(
+    async def __call__(  # type: ignore[override]  # awaited by TRL, which tells the two apart
         self, *, completions: Sequence[Completion], images: Sequence[Pair], log_metric: Log | None = None, **_: object
     ) -> list[Score]:
         """One score per completion, see `CriticReward`."""

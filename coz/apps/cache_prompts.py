@@ -1,6 +1,6 @@
 """Ask a prompter about every photograph of a training once.
 
-python -m coz.apps.cache_prompts prompter=tags data.paths=[/photos]
+`python -m coz.apps.cache_prompts prompter=tags data.paths=[/photos]`
 """
 
 from __future__ import annotations

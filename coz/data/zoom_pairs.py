@@ -28,7 +28,7 @@ from coz.models.chat import Layout, chat_messages
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Rows = dict[str, list[object]]
+Rows = Mapping[str, Sequence[object]]
 
 _KEPT_PHOTOS = 16  # decoded, per process
 _KEPT_ROWS = 64  # made, per process: GRPO reads each row once per generation

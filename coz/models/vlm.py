@@ -184,6 +184,7 @@ class VisionLanguageModel:
     def model_and_processor(self) -> tuple[nn.Module, ChatProcessor]:
         """Both themselves, loaded, for who trains the model. Its weights are frozen and it is in evaluation mode."""
         self.load()
+        assert self._loaded is not None
         return self._loaded
 
     def unload(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ class Average:
         """For a checkpoint."""
         return {"updates": self._updates, "values": {name: value.cpu() for name, value in self._values.items()}}
 
-    def restore(self, state: Mapping[str, object]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Out of a checkpoint."""
-        self._updates = int(state["updates"])  # type: ignore[arg-type]
-        for name, value in state["values"].items():  # type: ignore[attr-defined]
+        self._updates = int(state["updates"])
+        for name, value in state["values"].items():
             self._values[name].copy_(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,7 +57,7 @@ def estimate(
     tokens = 2 * _TOKENS_PER_PICTURE + _TEXT_TOKENS + completion_tokens
     inside_layer = tokens * (6 * _HIDDEN + 4 * _INNER) * 2  # bf16, what a layer keeps for its gradients
     activations = tokens * _HIDDEN * 2 * _LAYERS + inside_layer if checkpointing else inside_layer * _LAYERS
-    critics = [getattr(reward, "critic", None) for reward in rewards]
+    critics: list[Any] = [getattr(reward, "critic", None) for reward in rewards]
     critic_gb = sum(critic.model.memory_gb for critic in critics if hasattr(critic, "model"))
     tiny = policy.weights == "random" and policy.size == "tiny"
     scale = 0.0 if tiny else 1e-9

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,12 +199,12 @@ def text_statistics(texts: Sequence[str]) -> dict[str, float]:
 
 
 class _Guarded:
-    def __init__(self, reward: object) -> None:
+    def __init__(self, reward: Any) -> None:
         self.__name__ = reward.__name__
         self._reward = reward
         self.error: UserError | None = None
 
-    def __call__(self, **columns: object) -> list[float | None]:
+    def __call__(self, **columns: Any) -> list[float | None]:
         try:
             return self._reward(**columns)
         except UserError as error:
@@ -212,7 +213,9 @@ class _Guarded:
 
 
 class _AsyncGuarded(_Guarded):
-    async def __call__(self, **columns: object) -> list[float | None]:
+    async def __call__(  # type: ignore[override]  # awaited by TRL, which tells the two apart
+        self, **columns: Any
+    ) -> list[float | None]:
         try:
             return await self._reward(**columns)
         except UserError as error:

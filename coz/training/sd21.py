@@ -108,6 +108,7 @@ class SD21Nets(nn.Module):
         return sd2_lora.by_adapter((adapter, self._layers[group]) for group, adapter in UNET_GROUPS.items())
 
     def _read(self) -> dict:
+        assert self._checkpoint is not None
         state = load_tensors(self._checkpoint)
         needed = [*UNET_GROUPS, VAE_GROUP, "rank_unet", "rank_vae", "state_dict_unet", "state_dict_vae"]
         missing = [key for key in needed if not isinstance(state, dict) or key not in state]
@@ -119,7 +120,8 @@ class SD21Nets(nn.Module):
         """What `osediff.pkl` holds, with adapters that change nothing yet."""
         layers = adapter_layers(self.unet, self.vae)
         unet_layers = sd2_lora.by_adapter((adapter, layers[group]) for group, adapter in UNET_GROUPS.items())
-        unet_state, vae_state = {}, {}
+        unet_state: dict[str, Tensor] = {}
+        vae_state: dict[str, Tensor] = {}
         for net, adapters, state, seed in (
             (self.unet, unet_layers, unet_state, self._seed + 2),
             (self.vae, dict.fromkeys(layers[VAE_GROUP], VAE_ADAPTER), vae_state, self._seed + 3),

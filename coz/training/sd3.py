@@ -156,7 +156,8 @@ class SD3Nets(nn.Module):
         return self._model[0].decode(latent)
 
     def predict(self, noisy: Tensor, times: Tensor, embeds: Embeds) -> Tensor:
-        return self._model[0].velocity(noisy, *embeds, timestep=times)
+        prompt_embeds, pooled_embeds = embeds
+        return self._model[0].velocity(noisy, prompt_embeds, pooled_embeds, timestep=times)
 
     def trained(self, adapter: str) -> Mapping[str, nn.Parameter]:
         parts = {"transformer": self.transformer, "vae.encoder": self.vae.encoder}
