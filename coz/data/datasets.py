@@ -209,7 +209,7 @@ def unpack(archive: Path, folder: Path) -> None:
                     _copy(((m.filename, opened.open(m)) for m in opened.infolist() if not m.is_dir()), folder, archive)
             else:
                 with tarfile.open(archive) as tar:
-                    _copy(((m.name, tar.extractfile(m)) for m in tar if m.isfile()), folder, archive)
+                    _copy(((m.name, tar.extractfile(m)) for m in tar if m.isfile()), folder, archive)  # type: ignore[misc]
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DatasetNotReady(f"{archive} cannot be unpacked ({error}); it may be cut off, fetch it again") from error
     _mark_of(archive).touch()
