@@ -29,9 +29,9 @@ test: $(VENV)/.test
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest
 
-# What needs a GPU or real weights as well: the tests say which they miss.
+# The slow ones as well, and what needs a GPU or real weights where they are there; each skip says what it misses.
 test-full: $(VENV)/.test
-	$(RUN) -m pytest -m "gpu or weights or slow or not slow" -rs
+	$(RUN) -m pytest -m "slow or not slow" -rs
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -68,6 +68,12 @@ def check_scale(scale: float) -> None:
         raise UserError(f"scale={scale:g} is out of range; give a magnification above 1 and up to {MAX_SCALE}")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is no whole number."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UserError(f"seed={seed} must be a whole number")
+
+
 def seed_of(seed: int, identity: str, step: int) -> int:
     """The seed of one image at one step: by identity, so that order, batch and resuming change nothing."""
     digest = hashlib.sha256(f"{seed}\0{identity}\0{step}".encode()).digest()
@@ -145,19 +151,29 @@ def richest_view(image: Tensor, factor: float, *, grid_px: int = 1) -> View:
     """
     state_px = image.shape[-1]
     size_px = view_at(state_px, factor).size_px
+    step = grid_px if grid_px <= size_px else 1
+    left_px, top_px = richest_corner(image, (size_px, size_px), grid_px=step)
+    return View(left_px=left_px, top_px=top_px, size_px=size_px)
+
+
+def richest_corner(image: Tensor, size_px: tuple[int, int], *, grid_px: int = 1) -> tuple[int, int]:
+    """(left, top) of the richest rectangle of `size_px` = (height, width) in an image (3, H, W); see `richest_view`."""
+    state_px = max(image.shape[-2:])
     gray = image.float().mean(0, keepdim=True)[None]
     fine, coarse = (_gradients(_blur(gray, sigma)) for sigma in (2.0, 4.0))
     structure = (fine * coarse).sum(1, keepdim=True).clamp(min=0)  # aligned gradients only
     integral = F.pad(structure[0, 0].double().cumsum(0).cumsum(1), (1, 0, 1, 0))
-    below, above = integral[size_px:], integral[:-size_px]
-    scores = (below[:, size_px:] - below[:, :-size_px] - above[:, size_px:] + above[:, :-size_px]) / size_px**2
-    step = grid_px if grid_px <= size_px else 1
-    scores = scores[::step, ::step]
-    centre = (state_px - size_px) / 2
-    offsets = torch.arange(0, state_px - size_px + 1, step, dtype=torch.float64) - centre
-    distance = (offsets[:, None] ** 2 + offsets[None] ** 2).sqrt() / max(state_px, 1)
+    height_px, width_px = size_px
+    below, above = integral[height_px:], integral[:-height_px]
+    scores = below[:, width_px:] - below[:, :-width_px] - above[:, width_px:] + above[:, :-width_px]
+    scores = (scores / (height_px * width_px))[::grid_px, ::grid_px]
+    y, x = (
+        torch.arange(0, side - part + 1, grid_px, dtype=torch.float64) - (side - part) / 2
+        for side, part in zip(image.shape[-2:], size_px, strict=True)
+    )
+    distance = (y[:, None] ** 2 + x[None] ** 2).sqrt() / max(state_px, 1)
     top, left = divmod(int((scores - 1e-9 * distance).argmax()), scores.shape[1])
-    return View(left_px=left * step, top_px=top * step, size_px=size_px)
+    return left * grid_px, top * grid_px
 
 
 def _blur(x: Tensor, sigma: float) -> Tensor:

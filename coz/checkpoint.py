@@ -8,6 +8,7 @@ import importlib.metadata
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def _cached_snapshot(weights: str, patterns: Sequence[str], what: str, size_gb: 
 # reading
 
 
-def load_tensors(path: str | Path) -> object:
+def load_tensors(path: str | Path) -> Any:
     """Read a checkpoint: safetensors, or a pickle through PyTorch's weights-only loader, which runs none of its code.
 
     Raises:

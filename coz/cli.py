@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -83,6 +84,7 @@ def run(task: Task, *, config_name: str) -> None:
             fail(explain(error, config_name))
 
     job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+    sys.argv[1:] = [_loosen(quote_null(argument)) for argument in sys.argv[1:]]
     try:
         job()
     except UserError as error:
@@ -95,6 +97,26 @@ def run(task: Task, *, config_name: str) -> None:
         fail(f"cannot make the run folder {error.filename or ''} ({error.strerror}); choose another one with outputs=FOLDER")
     except KeyboardInterrupt:
         fail("interrupted; the same command again goes on, what is finished is kept", code=130)
+
+
+def quote_null(argument: str) -> str:
+    """`prompter=null` (alone or in a sweep) names the config null.yaml, which Hydra would read as "nothing"."""
+    group, equals, value = argument.partition("=")
+    if not equals or not (CONF / group / "null.yaml").is_file():
+        return argument
+    return group + equals + ",".join("'null'" if part == "null" else part for part in value.split(","))
+
+
+def _loosen(argument: str) -> str:
+    """`prompter.adapter=x` → `++prompter.adapter=x`. Hydra first composes its default parts, which may lack what the bound
+    ones have; `resolve` then holds the setting against the right part."""
+    key = argument.split("=")[0]
+    group = key.split(".")[0]
+    return f"++{argument}" if "=" in argument and "." in key and group in _groups() - {"method", "profile"} else argument
+
+
+def _groups() -> set[str]:
+    return {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"hydra", "deepspeed"}
 
 
 def fail(sentence: str, *, code: int = 2) -> None:
@@ -136,7 +158,7 @@ def _setting_names(config_name: str) -> list[str]:
     for group in groups:
         for file in (CONF / group).glob("*.yaml"):
             loaded = OmegaConf.load(file)
-            nested += [f"{group}.{key}" for key in loaded if isinstance(loaded, DictConfig)]
+            nested += [f"{group}.{key}" for key in map(str, loaded) if isinstance(loaded, DictConfig)]
     return [*map(str, top), *groups, *nested]
 
 
@@ -147,6 +169,8 @@ def _setting_names(config_name: str) -> list[str]:
 def resolve(config_name: str) -> DictConfig:
     """The configuration of the running job: profile, then method, then the profile's word on that method, then the
     command line, whichever order it was typed in.
+
+    A profile may also set values of a certain entry point (`sets.<config>`); one whose key the chosen parts lack is left out.
 
     `config.lacking` says what of the method the profile cannot give, and is empty where it can. Where the profile has
     another data set in the place of the one asked for, `config.stands_for` names the latter.
@@ -161,32 +185,39 @@ def resolve(config_name: str) -> DictConfig:
 
 def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) -> DictConfig:
     """`resolve` for given overrides. In a sweep a fixed part may differ from the command line: other jobs use that."""
-    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    groups = _groups()
+    typed = [quote_null(override.removeprefix("++")) for override in typed]
     parsed = OverridesParser.create().parse_overrides(list(typed))
     # An experiment is added with a +, and stays among the other overrides.
     chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not (o.is_delete() or o.is_add())}
-    # `prompter=null` means the config of that name, which Hydra would read as "no such group".
-    own = [f"{key}='null'" if value is None else f"{key}={value}" for key, value in chosen.items()]
-    rest = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
-
+    own = [f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in chosen.items()]
+    settings = [override for override, o in zip(typed, parsed, strict=True) if o.key_or_group not in chosen]
     # Settings of parts wait until it is known which parts these are.
-    draft = _compose(config_name, [*own, *(o for o in rest if not _sets_part(o, groups))])
+    inside = [override for override in settings if _sets_part(override, groups)]
+    rest = [override for override in settings if override not in inside]
+
+    draft = _compose(config_name, [*own, *rest])
+    if "profile" in draft and config_name in draft.profile.get("sets", {}):
+        own, rest, draft = _with_sets(draft, config_name, own, rest, chosen=chosen, groups=groups)
     if "method" not in draft or "profile" not in draft:
-        return _compose(config_name, [*own, *rest])
+        # without a method, a profile binds what it names for this entry point
+        binds = draft.profile.get(config_name) or {} if "profile" in draft else {}
+        bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen]
+        return _compose(config_name, [*bound, *own, *rest, *inside]) if bound or inside else draft
     method, profile = draft.method, draft.profile
     binds = {**profile.binds, **method.binds, **profile.methods.get(method.name, {}), **method.fixes}
     for group, name in method.fixes.items():
-        if group in chosen and str(chosen[group]) != name and not (name == "null" and chosen[group] is None):
+        if group in chosen and str(chosen[group]) != name:
             if not sweep:
                 raise UserError(f"method={method.name} always uses {group}={name}; leave {group}={chosen[group]} out")
-            rest = [override for override in rest if not override.lstrip("+~").startswith(f"{group}.")]
+            inside = [override for override in inside if not override.lstrip("+~").startswith(f"{group}.")]
     bound = [f"{group}='{name}'" for group, name in binds.items() if group not in chosen or group in method.fixes]
-    asked_for, stand_in = _stand_in(draft, rest)
+    asked_for, stand_in = _stand_in(draft, inside)
     bound += [f"dataset='{stand_in}'"] if stand_in else []
     own = [o for o in own if o.split("=")[0] not in method.fixes and not (stand_in and o.startswith("dataset="))]
     if sweep:
-        rest = _applicable(_compose(config_name, [*bound, *own, *(o for o in rest if not _sets_part(o, groups))]), rest, groups)
-    config = _compose(config_name, [*bound, *own, *rest])
+        inside = _applicable(_compose(config_name, [*bound, *own, *rest]), inside)
+    config = _compose(config_name, [*bound, *own, *rest, *inside])
     config.stands_for = asked_for if stand_in else ""
     for group, name in binds.items():
         if group not in chosen and name in profile.lacks:
@@ -197,28 +228,43 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     return config
 
 
+def _with_sets(
+    draft: DictConfig, config_name: str, own: list[str], rest: list[str], *, chosen: Mapping[str, object], groups: set[str]
+) -> tuple[list[str], list[str], DictConfig]:
+    """The overrides with what the profile sets of this entry point before them, so that what was typed wins."""
+    sets = {str(key): value for key, value in draft.profile.sets[config_name].items()}
+    own = [*(f"{key}={value}" for key, value in sets.items() if key in groups and key not in chosen), *own]
+    draft = _compose(config_name, [*own, *rest])
+    present = [key for key in sets if key not in groups and OmegaConf.select(draft, key, default=draft) is not draft]
+    rest = [*(f"{key}={_as_override(sets[key])}" for key in present), *rest]
+    return own, rest, _compose(config_name, [*own, *rest])
+
+
+def _as_override(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _sets_part(override: str, groups: set[str]) -> bool:
     """Whether an override sets something inside a part that a method or profile may choose."""
     group, dot, _ = override.lstrip("+~").partition("=")[0].partition(".")
-    return bool(dot) and group in groups - {"profile", "method", "hydra"}
+    return bool(dot) and group in groups - {"profile", "method"}
 
 
-def _applicable(config: DictConfig, overrides: Sequence[str], groups: set[str]) -> list[str]:
+def _applicable(config: DictConfig, overrides: Sequence[str]) -> list[str]:
     """In a sweep, a setting of one job's part that another job's part does not have, such as `prompter.adapter`, is for the
     former. One that no part has stays, and is the error it is."""
     kept = []
     for override in overrides:
         key = override.partition("=")[0]
-        if not _sets_part(override, groups) or key.startswith(("+", "~")):
+        group = key.split(".")[0]
+        if key.startswith(("+", "~")) or OmegaConf.select(config, key, default=config) is not config:
             kept.append(override)
             continue
-        group = key.split(".")[0]
-        absent = OmegaConf.select(config, key, default=config) is config
         known = any(
             OmegaConf.select(OmegaConf.load(file), key.partition(".")[2], default=config) is not config
             for file in (CONF / group).glob("*.yaml")
         )
-        if absent and known:
+        if known:
             logger.info("%s does not apply to %s=%s", override, group, config.choices[group])
         else:
             kept.append(override)
@@ -249,7 +295,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 # building
 
 
-def build(node: DictConfig) -> object:
+def build(node: DictConfig) -> Any:
     """Instantiate a config node as plain Python. Equal nodes give the same object: a sweep keeps its models loaded."""
     try:
         return _build(json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True))
@@ -259,7 +305,7 @@ def build(node: DictConfig) -> object:
 
 
 @functools.lru_cache(maxsize=8)
-def _build(node: str) -> object:
+def _build(node: str) -> Any:
     try:
         return hydra.utils.instantiate(json.loads(node), _convert_="all")
     except InstantiationException as error:

@@ -77,7 +77,7 @@ def row_of(
 def cached_value(lineage: Lineage, metric: Metric) -> tuple[float, str]:
     """(value, why it failed or ""); a value is computed once and kept beside its state, a failure is tried twice."""
     sample = sample_of(lineage)
-    context = {"metric": dict(metric.identity), "start": lineage.start.key, "region": list(sample.region)}
+    context: dict[str, object] = {"metric": dict(metric.identity), "start": lineage.start.key, "region": list(sample.region)}
     if getattr(metric, "needs_truth", False):
         context["truth"] = lineage.truth_px
     file = lineage.state.folder / f"{metric.name}-{fingerprint(context)}.json"

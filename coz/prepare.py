@@ -7,9 +7,10 @@ with the setting that takes their path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from omegaconf import DictConfig, OmegaConf
@@ -45,7 +46,7 @@ def needs_of(config: DictConfig) -> Iterator[Need]:
             yield from _walk(node, group)
 
 
-def _walk(node: DictConfig, path: str) -> Iterator[Need]:
+def _walk(node: Mapping[Any, Any], path: str) -> Iterator[Need]:
     for key in node:
         value, name = node[key], f"{path}.{key}"
         if OmegaConf.is_dict(value):

@@ -67,7 +67,7 @@ def publish(folder: Path, jobs: Sequence[Path], *, states: Path, strips: int) ->
     variants = _variants([record.overrides for record in records])
     rows: list[Row] = []
     for job, variant in zip(jobs, variants, strict=True):
-        rows += [{**row, "method": f"{row['method']}{variant}"} for row in read_rows(job / ROWS)]
+        rows += [{**row, "method": _label(str(row["method"]), variant)} for row in read_rows(job / ROWS)]
     refusals = list(dict.fromkeys(refusal for record in records for refusal in record.refusals))
     columns = list({column.name: column for record in records for column in record.columns}.values())
     credits = {name: credit for record in records for name, credit in record.credits.items()}
@@ -106,14 +106,20 @@ def publish_paper_table(folder: Path, jobs: Sequence[Path], name: str) -> None:
         print("\n" + publish_table(name, jobs, folder))
 
 
-def _variants(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What tells the jobs of a sweep apart besides scale and method, as a suffix for the method's name."""
+def _label(method: str, variant: Sequence[str]) -> str:
+    """A method's name with what sets its job apart; a prompter that the name already tells is not said twice."""
+    extra = [part for part in variant if not (part.startswith("prompter=") and "[prompter=" in method)]
+    return f"{method}[{', '.join(extra)}]" if extra else method
+
+
+def _variants(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
+    """What tells each job of a sweep apart besides scale and method."""
     shared = set.intersection(*map(set, overrides)) if overrides else set()
-    suffixes = []
-    for own in overrides:
-        different = [o for o in own if o not in shared and o.split("=")[0] not in ("scale", "method")]
-        suffixes.append(f"[{', '.join(different)}]" if different else "")
-    return suffixes
+    told = ("scale", "method")
+    return [
+        [o.replace("'", "").removeprefix("++") for o in own if o not in shared and o.split("=")[0] not in told]
+        for own in overrides
+    ]
 
 
 def publish_sweep(folder: Path, config: DictConfig) -> None:

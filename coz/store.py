@@ -77,8 +77,31 @@ def write_json(path: str | Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A private path beside `path` for a writer that wants a file name; it takes `path`'s place when the block ends well.
+
+    Raises:
+        CannotWrite: full disk, missing permission, read-only file system.
+    """
+    path = Path(path)
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".{path.name}.{_private_name()}"
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def _private_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}.tmp"
+
+
+def stale_name(name: str) -> str:
+    """A private name beside `name`, which `remove_stale` knows."""
+    return f".{name}.{_private_name()}"
 
 
 def remove_stale(folder: Path) -> None:

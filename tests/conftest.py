@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+import coz.cli  # noqa: F401 - registers the resolvers that the config files use
 
 torch.set_num_threads(1)  # small tensors gain nothing from threads, and several test processes share the cores
 
@@ -27,11 +31,23 @@ def parity(pytestconfig: pytest.Config) -> Callable[[str], Path]:
 
     def find(name: str) -> Path:
         for folder in folders:
-            if (folder / name).is_dir():
+            if (folder / name / "config.json").is_file():
                 return folder / name
         pytest.skip(f"no parity set {name} in {', '.join(map(str, folders))}; give --parity-dir")
 
     return find
+
+
+@pytest.fixture(scope="session")
+def released_keys() -> Callable[[str], dict]:
+    """`released_keys(name)` → ordered names and shapes of a family's real files, as the authors' code builds them."""
+
+    def read(name: str) -> dict:
+        plain = GOLDEN / name / "full_size_keys.json"
+        text = plain.read_bytes() if plain.is_file() else gzip.decompress(plain.with_suffix(".json.gz").read_bytes())
+        return json.loads(text)
+
+    return read
 
 
 @pytest.fixture(scope="session")

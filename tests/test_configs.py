@@ -85,7 +85,8 @@ def test_the_command_line_wins_in_any_order(overrides, expected):
 def test_settings_inside_a_part_survive():
     config = _resolve("backbone.posterior=mode", "method=coz_null")
     assert config.backbone.posterior == "mode"
-    config = _resolve("backbone.tile_px=256", "backbone=realesrgan", "profile=embedded", "method=coz_null", "scale=24")
+    assert _resolve("method=coz_vlm", "prompter.adapter=x").prompter.adapter == "x"
+    config = _resolve("backbone.tile_px=256", "profile=embedded", "method=coz_null", "scale=24")
     assert config.backbone.tile_px == 256
     assert config.scale == 24
 
@@ -171,6 +172,7 @@ def test_a_sweep_keeps_its_parts():
         ("scal=4", "did you mean scale"),
         ("backbone=bicubik", "did you mean bicubic"),
         ("dataset.limt=2", "did you mean dataset.limit"),
+        ("++backbone.tile_pix=2", "did you mean backbone.tile_px"),
         ("method=", "method"),
     ],
 )

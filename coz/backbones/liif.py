@@ -69,11 +69,13 @@ class Liif:
         self._model = model.to(self._device, self._dtype).eval().requires_grad_(False)
 
     def _random_model(self) -> liif.Liif:
+        assert self._random_sizes is not None, "only random weights have sizes of their own"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             return liif.Liif(self._random_sizes)
 
     def _official_model(self) -> liif.Liif:
+        assert self._path is not None, "random weights have no file"
         what = str(self._path)
         state = liif.read_official(load_tensors(self._path), what=what)
         sizes = liif.sizes_from({name: tuple(tensor.shape) for name, tensor in state.items()}, what=what)
@@ -91,6 +93,7 @@ class Liif:
     ) -> Tensor:
         """(B, 3, h, w) in [0, 1] → (B, 3, *size). Each image by itself: a batch changes no bit, and needs no more memory."""
         self.load()
+        assert self._model is not None
         pictures = []
         for image in lr:
             features = self._model.encode((image[None] * 2 - 1).to(self._device, self._dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,11 +166,13 @@ class OSEDiffSD21:
     @torch.no_grad()
     def predict(self, latent: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Noise that the UNet sees in a latent at timestep 999, in tiles if need be: (B, 4, h, w) → same, float32."""
+        unet = self._unet
+        assert unet is not None, "load() was not called"
         embeds = prompt_embeds.to(self.placement.device, self.placement.dtype)
 
         def call(crops: Tensor, owners: Tensor, _: list[latent_tiles.Box]) -> Tensor:
             crops, text = crops.to(self.placement.dtype), embeds[owners.to(embeds.device)]
-            return self._unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float()
+            return unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float()
 
         tiles = {"tile": self.latent_tile, "overlap": self.latent_overlap, "batch_size": self.batch_size}
         return latent_tiles.predict_in_tiles(latent, call, **tiles)
@@ -217,7 +220,7 @@ def random_checkpoint(unet: nn.Module, vae: nn.Module, *, rank: int, seed: int) 
 
 
 @torch.no_grad()
-def adapt(unet: nn.Module, vae: nn.Module, state: object, *, merge: bool, what: str) -> None:
+def adapt(unet: nn.Module, vae: nn.Module, state: Any, *, merge: bool, what: str) -> None:
     """Put the adapters and the input layer of an `osediff.pkl` into the networks.
 
     Raises:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from coz.checkpoint import file_digest
 from coz.errors import UserError
-from coz.image import Size, as_size, resize
-from coz.models.placement import pick_device, pick_dtype
+from coz.image import ColorFix, Size, as_size, fix_color, resize
+from coz.models.placement import Precision, pick_device, pick_dtype
 from coz.models.sd3 import SD3OneStep
 from coz.models.sd3_adapters import random_sd3_adapters, read_sd3_adapters
 from coz.models.sd3_memory import PlanName, component_bytes, describe, plan_named
@@ -39,7 +39,7 @@ class Formats:
     half_modulations: bool = False
 
     @staticmethod
-    def named(precision: str, device: torch.device) -> Formats:
+    def named(precision: Precision | Literal["released"], device: torch.device) -> Formats:
         """`released` is what the authors' code computes with: half text encoders, float32 elsewhere, AdaLN in half."""
         if precision == "released":
             return Formats(torch.float32, torch.float32, torch.float16, half_modulations=True)
@@ -70,6 +70,7 @@ class OSEDiffSD3:
         drop_text_encoders: read the text encoders only when there is a new prompt and free them afterwards. Right where all
             prompts are empty; else each batch with a new prompt reads them from the disk again.
         compile: torch.compile for the transformer and the VAE: minutes at first, faster afterwards.
+        color_fix: give the output the view's colours: wavelet, adain, or none as the release's default.
         remember_prompts: prompts whose embeddings are kept on the device, about 5 MB each in bf16.
 
     Raises:
@@ -88,7 +89,7 @@ class OSEDiffSD3:
         size: str = "full",
         seed: int = 0,
         device: str = "auto",
-        precision: Literal["auto", "fp32", "bf16", "fp16", "released"] = "auto",
+        precision: Precision | Literal["released"] = "auto",
         merge: bool | None = None,
         encode_shift: bool | None = None,
         posterior: Literal["sample", "mode"] = "sample",
@@ -96,8 +97,11 @@ class OSEDiffSD3:
         memory: PlanName = "full",
         drop_text_encoders: bool = False,
         compile: bool = False,
+        color_fix: ColorFix = "none",
         remember_prompts: int = 64,
     ) -> None:
+        if color_fix not in ("wavelet", "adain", "none"):
+            raise UserError(f"color_fix={color_fix} is unknown; use wavelet, adain or none")
         if posterior not in ("sample", "mode"):
             raise UserError(f"posterior={posterior} is unknown; use sample or mode")
         if weights == "random" and size not in SIZES:
@@ -110,6 +114,7 @@ class OSEDiffSD3:
             raise UserError("precision=released keeps the adapters beside the weights; use merge=false, or precision=fp32")
         self._plan, self._memory = plan_named(memory), memory
         self._posterior = posterior
+        self._color_fix: ColorFix = color_fix
         self._text_encoder_3 = text_encoder_3
         self._drop = drop_text_encoders
         self._compile = compile
@@ -159,6 +164,7 @@ class OSEDiffSD3:
             "posterior": self._posterior,
             "text_encoder_3": self._text_encoder_3,
             "compile": self._compile,
+            "color_fix": self._color_fix,
         }
 
     def load(self) -> None:
@@ -228,7 +234,8 @@ class OSEDiffSD3:
             pooled_embeds=pooled_embeds,
             noise=self._noise(draws, height=padded.shape[-2], width=padded.shape[-1]),
         )
-        return (restored[..., :height, :width] * 0.5 + 0.5).clamp(0, 1).cpu()
+        image = (restored[..., :height, :width] * 0.5 + 0.5).clamp(0, 1).float().cpu()
+        return fix_color(image, view, self._color_fix).clamp(0, 1)
 
     def _noise(self, seeds: Sequence[int], *, height: int, width: int) -> Tensor | None:
         if self._posterior == "mode":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +233,8 @@ class S3Diff:
             matrices: (B, 10, r, r).
         """
         device, dtype = self.placement.device, self.placement.dtype
+        unet = self._unet
+        assert unet is not None, "load() was not called"
         embeds = [e.to(device, dtype).expand(len(latent), -1, -1) for e in (positive, negative)]
         if self.guidance_scale == 1:
             embeds = embeds[:1]
@@ -241,7 +244,7 @@ class S3Diff:
             self._modulations["unet"].use(matrices, owners.repeat(len(embeds)))
             text = torch.cat([e[owners.to(device)] for e in embeds])
             crops = crops.to(dtype).repeat(len(embeds), 1, 1, 1)
-            halves = self._unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float().chunk(len(embeds))
+            halves = unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float().chunk(len(embeds))
             return halves[0] if len(embeds) == 1 else torch.lerp(halves[1], halves[0], self.guidance_scale)
 
         tiles = {"tile": self.latent_tile, "overlap": self.latent_overlap, "batch_size": self.batch_size}
@@ -290,7 +293,7 @@ def _vae_row(name: str) -> int:
     return int(rest[0]) if part == "down_blocks" else 4 if part == "mid_block" else 5
 
 
-def checkpoint_layers(unet: nn.Module, vae: nn.Module, targets: Mapping[str, object]) -> dict[str, dict[str, str]]:
+def checkpoint_layers(unet: nn.Module, vae: nn.Module, targets: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The adapter of every adapted layer, for `unet` and `vae`, by the targets that the file names."""
     nets = {"unet": unet, "vae": vae}
     return {
@@ -299,17 +302,17 @@ def checkpoint_layers(unet: nn.Module, vae: nn.Module, targets: Mapping[str, obj
     }
 
 
-def random_checkpoint(unet: nn.Module, vae: nn.Module, *, ranks: Mapping[str, int], seed: int) -> dict[str, object]:
+def random_checkpoint(unet: nn.Module, vae: nn.Module, *, ranks: Mapping[str, int], seed: int) -> dict[str, Any]:
     """What `s3diff.pkl` holds, seeded and random; the released ranks are 32 (`unet`) and 16 (`vae`)."""
-    state: dict[str, object] = {f"rank_{net}": rank for net, rank in ranks.items()}
+    state: dict[str, Any] = {f"rank_{net}": rank for net, rank in ranks.items()}
     state |= {"unet_lora_target_modules": list(sd2_lora.UNET_TARGETS), "vae_lora_target_modules": sd2_lora.VAE_TARGETS}
-    embeddings: dict[str, object] = {}
+    embeddings: dict[str, Any] = {}
     for index, (net, layers) in enumerate(checkpoint_layers(unet, vae, state).items()):
         shapes = sd2_lora.adapter_shapes(unet if net == "unet" else vae, layers, rank=ranks[net])
         state[f"state_dict_{net}"] = sd2_lora.random_adapters(shapes, seed=seed + 100 + index)
         rows = _UNET_ROWS if net == "unet" else _VAE_ROWS
-        sizes = {"rows": rows, "rank": ranks[net], "frequencies": 64}
-        modulator = sd2.build_random(lambda sizes=sizes: Modulator(**sizes), seed=seed + 103 + index)
+        build = functools.partial(Modulator, rows=rows, rank=ranks[net], frequencies=64)
+        modulator = sd2.build_random(build, seed=seed + 103 + index)
         modulator.frequencies.copy_(torch.randn(64, generator=torch.Generator().manual_seed(seed)))
         entries = modulator.to_checkpoint(net)
         embeddings |= entries.pop("state_embeddings")
@@ -320,7 +323,7 @@ def random_checkpoint(unet: nn.Module, vae: nn.Module, *, ranks: Mapping[str, in
 
 @torch.no_grad()
 def adapt(
-    unet: nn.Module, vae: nn.Module, state: object, *, fold: bool, what: str
+    unet: nn.Module, vae: nn.Module, state: Any, *, fold: bool, what: str
 ) -> dict[str, tuple[sd2_lora.Modulation, Modulator]]:
     """Put modulated adapters into both networks, and the file's input layer into the UNet.
 

@@ -7,7 +7,7 @@ folder (unet, controlnet). The tagger (RAM with DAPE) is handed in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class SeeSR:
             raise UserError(f"steps={steps} must lie between 1 and {MAX_STEPS}; the authors take 50")
         self.placement = sd2.Placement.pick(device, precision)
         parts = ("vae", "text_encoder", "tokenizer", "scheduler")
-        found = {"size": size, "seed": seed}
+        found: dict[str, Any] = {"size": size, "seed": seed}
         self.source = sd2.Weights.find(weights, parts=parts, what="Stable Diffusion 2-base", size_gb=1.8, **found)
         for name, value in {"checkpoint": checkpoint, "tagger": tagger}.items():
             if value is None and weights != sd2.RANDOM:
@@ -297,6 +297,7 @@ class SeeSR:
 
     def noise(self, latent: Tensor, timestep: int, text: Tensor, embeds: Tensor, condition: Tensor) -> Tensor:
         """Both networks on one batch (n, 4, t, t), one text, embedding and embedded condition each → same, float32."""
+        assert self._unet is not None, "load() was not called"
         down, middle = self.control(latent, timestep, text, embeds, condition)
         return self._unet(
             latent.to(self.placement.dtype),

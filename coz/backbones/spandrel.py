@@ -50,7 +50,7 @@ class Spandrel:
         check_tiles(tile_px, overlap_px)
         if color_fix not in ("wavelet", "adain", "none"):
             raise UserError(f"color_fix={color_fix} is unknown; use wavelet, adain or none")
-        self._path = _find(weights)
+        self._path = find(weights)
         self._color_fix: ColorFix = color_fix
         self._tile_px, self._overlap_px = tile_px, overlap_px
         self._device = pick_device(device)
@@ -120,7 +120,8 @@ class Spandrel:
         return y.float().cpu().contiguous()
 
 
-def _find(weights: str) -> Path:
+def find(weights: str) -> Path:
+    """The file that a weights setting names: a path, or `package:NAME/FILE`."""
     if not weights:
         raise UserError("backbone.weights is empty; give a checkpoint, as in `backbone=spandrel backbone.weights=/path/x4.pth`")
     if weights.startswith(_PACKAGE):

@@ -96,17 +96,19 @@ class ServedCritic:
             seeds=[self._seed] * len(requests),
             top_logprobs=_TOP_LOGPROBS if self._score == "expected" else 0,
         )
+        answered: list[Reply] = []
         for reply in replies:
             if isinstance(reply, ServerError):
                 raise reply
-        scores = [parse_score(r.text) if self._score == "parse" else self._expected(r) for r in replies]
+            answered.append(reply)
+        scores = [parse_score(r.text) if self._score == "parse" else self._expected(r) for r in answered]
         self.tally.count(scores)
         return scores
 
     def _expected(self, reply: Reply) -> Score:
         if not reply.top:
             raise UserError(f"{self._server.base_url} sends no log-probabilities; set score=parse")
-        joined = [max(top, key=top.get).strip() for top in reply.top[:2]]
+        joined = [max(top, key=top.__getitem__).strip() for top in reply.top[:2]]
         if len(joined) == 2 and all(token.isdigit() for token in joined):
             raise UserError(f"{self._server.model} writes numbers digit by digit, so one token holds no score; set score=parse")
         probabilities = torch.zeros(1, HIGHEST + 1, dtype=torch.float64)

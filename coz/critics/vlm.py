@@ -39,6 +39,7 @@ class VlmCritic:
         max_image_px: int | None = None,
         download_gb: float = 16.6,
         loader: Loader | None = None,
+        random_loader: Loader | None = None,
         model: VisionLanguageModel | None = None,
     ) -> None:
         """Args:
@@ -67,6 +68,7 @@ class VlmCritic:
             max_image_px=max_image_px,
             download_gb=download_gb,
             loader=loader,
+            random_loader=random_loader,
         )
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from coz.data.photos import Photo, list_photos
 from coz.errors import UserError
@@ -208,13 +209,13 @@ def unpack(archive: Path, folder: Path) -> None:
                     _copy(((m.filename, opened.open(m)) for m in opened.infolist() if not m.is_dir()), folder, archive)
             else:
                 with tarfile.open(archive) as tar:
-                    _copy(((m.name, tar.extractfile(m)) for m in tar if m.isfile()), folder, archive)
+                    _copy(((m.name, tar.extractfile(m)) for m in tar if m.isfile()), folder, archive)  # type: ignore[misc]
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DatasetNotReady(f"{archive} cannot be unpacked ({error}); it may be cut off, fetch it again") from error
     _mark_of(archive).touch()
 
 
-def _copy(members: Iterable[tuple[str, object]], folder: Path, archive: Path) -> None:
+def _copy(members: Iterable[tuple[str, IO[bytes]]], folder: Path, archive: Path) -> None:
     root = folder.resolve()
     for name, source in members:
         target = (root / name).resolve()
@@ -222,8 +223,8 @@ def _copy(members: Iterable[tuple[str, object]], folder: Path, archive: Path) ->
             raise DatasetNotReady(f"{archive} holds {name}, which would land outside {folder}; do not use this archive")
         if target.suffix.lower() in IMAGE_SUFFIXES and not target.name.startswith("."):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with source, open(target, "wb") as opened:  # type: ignore[attr-defined]
-                shutil.copyfileobj(source, opened)  # type: ignore[misc]
+            with source, open(target, "wb") as opened:
+                shutil.copyfileobj(source, opened)
 
 
 def export_hub(hub: str, folder: Path, *, split: str = "train", column: str = "image") -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from PIL import Image
 from torch import Tensor
@@ -43,7 +43,7 @@ IMAGE_PLACE = "<image>"
 class ChatRequest:
     """One question with its pictures, in the order in which the messages have their places."""
 
-    messages: Sequence[Mapping[str, object]]
+    messages: Sequence[Mapping[str, Any]]
     images: Sequence[Image.Image]
 
 

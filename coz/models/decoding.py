@@ -153,7 +153,7 @@ def _next_token_logs(
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     output = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = getattr(output, cache_name)
-    logs = {(): output.logits[:, -1].float().log_softmax(-1)}
+    logs: dict[tuple[int, ...], Tensor] = {(): output.logits[:, -1].float().log_softmax(-1)}
 
     def visit(prefix: tuple[int, ...]) -> None:
         for token in sorted(following[prefix]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class DegradationNet(nn.Module):
         return cls(widths=[width] * 7 + [last] * 3, strided=[False] * 6 + [True] + [False] * 2, hidden=hidden)
 
     @classmethod
-    def from_state(cls, state: object, *, what: str) -> DegradationNet:
+    def from_state(cls, state: Any, *, what: str) -> DegradationNet:
         """The net of a `de_net.pth`.
 
         Raises:
@@ -70,7 +71,7 @@ class DegradationNet(nn.Module):
         """
         try:
             widths = [state["conv_first.0.weight"].shape[0]]
-            strided = []
+            strided: list[bool] = []
             while any(name.startswith(f"body.0.{len(strided)}.") for name in state):
                 conv = state.get(f"body.0.{len(strided)}.weight")
                 strided.append(conv is not None)
@@ -107,7 +108,7 @@ class Modulator(nn.Module):
         self.register_buffer("frequencies", torch.zeros(frequencies))
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Mapping[str, object], net: str, *, rows: int, rank: int, what: str) -> Modulator:
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any], net: str, *, rows: int, rank: int, what: str) -> Modulator:
         """The modulator of one network (`unet` or `vae`) out of an `s3diff.pkl`.
 
         Raises:
@@ -124,9 +125,9 @@ class Modulator(nn.Module):
             sizes |= {"hidden": state["de_mlp.0.weight"].shape[0], "block_width": state["block.weight"].shape[1]}
         return fill(lambda: cls(rows=rows, rank=rank, **sizes), state, what=f"{what}: modulation of the {net}")
 
-    def to_checkpoint(self, net: str) -> dict[str, object]:
+    def to_checkpoint(self, net: str) -> dict[str, Any]:
         """The entries of an `s3diff.pkl` that `from_checkpoint` reads, but for `state_embeddings`' other network."""
-        entries: dict[str, object] = {"w": self.frequencies}
+        entries: dict[str, Any] = {"w": self.frequencies}
         for part in ("de_mlp", "block_mlp", "fuse_mlp"):
             entries[f"state_dict_{net}_{part}"] = dict(getattr(self, part).state_dict())
         entries["state_embeddings"] = {f"state_dict_{net}_block": dict(self.block.state_dict())}

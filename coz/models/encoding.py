@@ -16,7 +16,7 @@ class ChatProcessor(Protocol):
 
     tokenizer: Any
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, object]], **settings: object) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **settings: object) -> str:
         """Messages → text with image tokens; called with `tokenize=False, add_generation_prompt=True`."""
         ...
 
@@ -25,7 +25,7 @@ class ChatProcessor(Protocol):
         ...
 
 
-def render(processor: ChatProcessor, messages: Sequence[Mapping[str, object]]) -> str:
+def render(processor: ChatProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
     """The text that the model's chat template makes of the messages, up to where the answer begins.
 
     Some templates (InternVL's) break the line after every picture. Where the message breaks it there too, one break is
@@ -52,7 +52,7 @@ def encode(processor: ChatProcessor, requests: Sequence[ChatRequest]) -> dict[st
 
 
 def number_tokens(
-    processor: ChatProcessor, messages: Sequence[Mapping[str, object]], numbers: Sequence[int]
+    processor: ChatProcessor, messages: Sequence[Mapping[str, Any]], numbers: Sequence[int]
 ) -> list[tuple[int, ...]]:
     """Token ids of numbers where an answer begins: behind the words that open it, since some tokenizers mark a word's start."""
     tokenizer = processor.tokenizer
@@ -71,8 +71,8 @@ def number_tokens(
 def without_special_tokens(processor: ChatProcessor, text: str) -> str:
     """A text without anything that the tokenizer would take for a special token, such as the place of a picture."""
     tokenizer = processor.tokenizer
-    special = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
-    special = sorted((token for token in special if token.strip()), key=len, reverse=True)
+    known = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
+    special = sorted((token for token in known if token.strip()), key=len, reverse=True)
     before = None
     while before != text:  # what is left when one is taken out may be another
         before = text

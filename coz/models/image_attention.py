@@ -75,8 +75,10 @@ def _add_image_attentions(net: nn.Module) -> nn.Module:
     for block in _blocks_with_attention(net):
         layers = []
         for text in block.attentions:
-            kept = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "norm_num_groups")
-            kept += ("use_linear_projection", "upcast_attention")
+            kept = (
+                *("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "norm_num_groups"),
+                *("use_linear_projection", "upcast_attention"),
+            )
             layers.append(Transformer2DModel(cross_attention_dim=EMBEDDING_WIDTH, **{name: text.config[name] for name in kept}))
         block.image_attentions = nn.ModuleList(layers)
     return net
@@ -102,6 +104,8 @@ class ConditionEmbedder:
         jobs = list(zip(owners.tolist(), boxes, strict=True))
         new = [job for job in dict.fromkeys(jobs) if job not in self._known]
         if new:
-            pictures = torch.cat([box.crop(self._picture[owner : owner + 1], scale=8) for owner, box in new])
+            picture = self._picture
+            assert picture is not None, "start() was not called"
+            pictures = torch.cat([box.crop(picture[owner : owner + 1], scale=8) for owner, box in new])
             self._known.update(zip(new, self.net(pictures), strict=True))
         return torch.stack([self._known[job] for job in jobs])

@@ -6,7 +6,7 @@ Equal to the official `load_image` and `chat`: tiles to the last bit (with the s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -124,10 +124,15 @@ class OriginalProcessor:
     ) -> None:
         self.tokenizer = tokenizer
         self.tile_px, self.tokens_per_tile = tile_px, tokens_per_tile
-        self._tiling = {"tile_px": tile_px, "min_tiles": min_tiles, "max_tiles": max_tiles, "thumbnail": thumbnail}
+        self._tiling: dict[str, Any] = {
+            "tile_px": tile_px,
+            "min_tiles": min_tiles,
+            "max_tiles": max_tiles,
+            "thumbnail": thumbnail,
+        }
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, object]], *, tokenize: bool = False, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool = False, add_generation_prompt: bool = True
     ) -> str:
         """Messages, with `{"type": "image"}` parts where pictures go → text with `<image>` in those places."""
         if tokenize:
@@ -177,7 +182,7 @@ class OriginalProcessor:
         return self(images=images, text=texts)
 
 
-def _as_text(content: object) -> str:
+def _as_text(content: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(content, str):
         return content
     return "".join(PLACE if part["type"] == "image" else part["text"] for part in content)

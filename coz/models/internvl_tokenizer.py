@@ -53,7 +53,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     from sentencepiece import sentencepiece_model_pb2
 
     file = local_file(folder / "tokenizer.model", what="InternVL's SentencePiece file, tokenizer.model")
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at run time
     try:
         model.ParseFromString(file.read_bytes())
     except DecodeError as error:
@@ -113,7 +113,9 @@ def build_tokenizer(
             ignore_merges=bool(whole),
         )
     )
-    steps = [normalizers.Precompiled(normalization.character_map)] if normalization.character_map else []
+    steps: list[normalizers.Normalizer] = []
+    if normalization.character_map:
+        steps += [normalizers.Precompiled(normalization.character_map)]
     if normalization.squeeze_spaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(SPACE)] if normalization.dummy_prefix else []

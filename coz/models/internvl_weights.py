@@ -250,7 +250,7 @@ def load_native(
 def _stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:

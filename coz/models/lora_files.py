@@ -200,3 +200,35 @@ def _adapter(state: Mapping[str, Tensor], layers: LayerShapes, *, rank: int, wha
             )
             for name in layers
         }
+
+
+def write_released(
+    folder: str | Path, *, transformer: Adapter, vae_encoder: Adapter, vae_base: StateDict, factors: Mapping[str, float]
+) -> None:
+    """Write the pair that the released code reads, `sr_lora.pkl` and `vae_encoder.pt`.
+
+    Their factors are fixed, 1 and 8 / rank, so ours are folded into the `up` matrices.
+
+    Args:
+        vae_base: the plain encoder's state dict, without adapters.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = [x for pair in transformer.values() for x in (pair.up * factors["transformer"], pair.down)]
+    _save(flat, folder / "sr_lora.pkl")
+    state: StateDict = {}
+    for name, value in vae_base.items():
+        layer, _, leaf = name.rpartition(".")
+        key = f"{layer}.base_layer.{leaf}" if layer in vae_encoder else name
+        state[key] = value.detach().cpu().half()
+    for layer, pair in vae_encoder.items():
+        fold = factors["vae_encoder"] / (RELEASED_VAE_ALPHA / pair.rank)
+        state[f"{layer}.lora_A.default_encoder.weight"] = pair.down.half()
+        state[f"{layer}.lora_B.default_encoder.weight"] = (pair.up * fold).half()
+    _save(state, folder / "vae_encoder.pt")
+
+
+def _save(value: object, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    torch.save(value, partial)
+    partial.replace(path)

@@ -62,16 +62,17 @@ class Tagger:
         self._dtype = pick_dtype(precision, self._device)
         self._antialias, self._image_px, self._window, self._head_heads = antialias, image_px, window, head_heads
         self._model: ram_network.Ram | None = None
+        self._sizes: ram_network.RamSizes | None = None
         identity: dict[str, object] = {"name": "ram", "antialias": antialias, "dtype": str(self._dtype)}
         if weights == "random":
             if size not in ("full", "tiny"):
                 raise UserError(f"size={size} is unknown; use full or tiny")
-            self._sizes, self._seed = ram_network.FULL if size == "full" else ram_network.TINY, seed
-            self._image_px = self._sizes.image_px
-            self._tags, self._thresholds = _random_tags(self._sizes.tags)
+            sizes = ram_network.FULL if size == "full" else ram_network.TINY
+            self._sizes, self._seed = sizes, seed
+            self._image_px = sizes.image_px
+            self._tags, self._thresholds = _random_tags(sizes.tags)
             self._identity = identity | {"weights": "random", "size": size, "seed": seed}
             return
-        self._sizes = None
         self._file, folder, revision = _find_weights(weights, with_lists=None in (tag_list, thresholds))
         self._lora = local_file(lora, what="DAPE's LoRA, lora") if lora else None
         tag_file = _find_list(tag_list, "tag_list", TAG_FILE, folder)
@@ -133,6 +134,7 @@ class Tagger:
         return [text for texts, _ in parts for text in texts], torch.cat([embeds for _, embeds in parts])
 
     def _tag(self, image: Tensor) -> tuple[list[str], Tensor]:
+        assert self._model is not None, "load() was not called"
         pixels = ram_network.preprocess(image.float(), self._image_px, antialias=self._antialias)
         embeds = self._model.image_embeds(pixels.to(self._device, self._dtype))
         on = self._model.logits(embeds).float().sigmoid().cpu() > self._thresholds  # strict: a threshold of 1 never fires

@@ -7,7 +7,7 @@ writes for the messages of this package (a test compares them).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -77,6 +77,8 @@ def random_config(*, size: Size, tokenizer: Qwen2TokenizerFast) -> Qwen2_5_VLCon
     """Qwen2.5-VL-3B-Instruct's architecture, or a very small one of the same parts."""
     from transformers import Qwen2_5_VLConfig
 
+    text: dict[str, Any]
+    vision: dict[str, Any]
     to_id = tokenizer.convert_tokens_to_ids
     ids = {"bos_token_id": to_id("<|endoftext|>"), "eos_token_id": to_id("<|im_end|>"), "pad_token_id": to_id("<|endoftext|>")}
     if size == "full":

@@ -78,6 +78,9 @@ def architecture(size: Size) -> dict[str, Config]:
     Raises:
         UserError: another size.
     """
+    unet: Config
+    vae: Config
+    text: Config
     if size == "full":
         unet = {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": [5, 10, 20, 20]}
         unet |= {"cross_attention_dim": 1024, "norm_num_groups": 32}
@@ -158,6 +161,7 @@ class Weights:
 
     def state(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part of a folder."""
+        assert self.folder is not None, "random weights have no files"
         path = self.folder / _FILES[part][1]
         state = load_tensors(path)
         if not isinstance(state, dict):

@@ -41,7 +41,7 @@ def adapter_shapes(net: nn.Module, layers: Mapping[str, str], *, rank: int) -> d
     Args:
         layers: the adapter's name for every adapted layer's name.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     modules = dict(net.named_modules())
     for name, adapter in layers.items():
         if name not in modules:  # a file made for another network: a name that no file has makes the comparison fail

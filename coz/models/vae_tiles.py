@@ -8,7 +8,7 @@ an estimate, as in the "tiled VAE" that OSEDiff and S3Diff ship, whose results i
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,7 +102,9 @@ def decode(vae: AutoencoderKL, latent: Tensor, *, tile: int) -> Tensor:
     return vae.decoder(z)
 
 
-def _run_tiled(net: nn.Module, run: object, x: Tensor, *, tile: int, margin: int, up: int, down: int) -> Tensor:
+def _run_tiled(
+    net: nn.Module, run: Callable[[nn.Module, Tensor], Pass], x: Tensor, *, tile: int, margin: int, up: int, down: int
+) -> Tensor:
     rows = plan_spans(x.shape[-2], tile=tile, margin=margin)
     columns = plan_spans(x.shape[-1], tile=tile, margin=margin)
     boxes = [(row, column) for row in rows for column in columns]

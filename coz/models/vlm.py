@@ -63,9 +63,10 @@ class VisionLanguageModel:
         max_image_px: int | None = None,
         download_gb: float = 8.0,
         loader: Loader | None = None,
+        random_loader: Loader | None = None,
     ) -> None:
         """Args:
-        weights: a hub id `owner/name[@revision]`, a folder, or `random` (Qwen2.5-VL's architecture).
+        weights: a hub id `owner/name[@revision]`, a folder, or `random`.
         adapter: a LoRA adapter's folder, a training run's folder, or a hub id.
         size, seed: of the random model.
         quantization: int8 or nf4 weights of the language model, by bitsandbytes.
@@ -76,6 +77,8 @@ class VisionLanguageModel:
         download_gb: said in the error where the weights are missing.
         loader: reads InternVL2.5's original layout, where the folder has it: called with `folder`, `dtype`, `device`,
             gives the model and a processor (`ChatProcessor`).
+        random_loader: makes the model of `weights=random`: called with `size`, `seed`, `dtype`, `device`; None for
+            Qwen2.5-VL's architecture.
         """
         check_choice("size", size, Size)
         check_choice("quantization", quantization, Quantization)
@@ -91,6 +94,7 @@ class VisionLanguageModel:
         self.quantization, self.offload, self.batch_size = quantization, offload, batch_size
         self._max_image_px = max_image_px
         self._folder, self._loader = None, None
+        self._random_loader = random_loader or random_vlm
         if weights != "random":
             what = "the vision-language model"
             self._folder = hub_folder(weights, patterns=_FILES[:2], what=what, size_gb=download_gb)
@@ -134,7 +138,8 @@ class VisionLanguageModel:
         """Identity of everything that shapes the answers, but for the question and the sampling."""
         if self._held_identity is not None:
             return self._held_identity
-        random = {"weights": "random", "size": self.size, "seed": self.seed}
+        maker = getattr(self._random_loader, "func", self._random_loader).__name__
+        random = {"weights": "random", "size": self.size, "seed": self.seed, "architecture": maker.removeprefix("random_")}
         return {
             **({"weights": folder_identity(self._folder, _IDENTITY_FILES)} if self._folder else random),
             "adapter": folder_identity(self._adapter_folder, ADAPTER_FILES) if self._adapter_folder else None,
@@ -173,7 +178,14 @@ class VisionLanguageModel:
     def plain_text(self, text: str) -> str:
         """A text without anything that the tokenizer would take for a special token, such as the place of a picture."""
         self.load()
+        assert self._loaded is not None
         return without_special_tokens(self._loaded[1], text)
+
+    def model_and_processor(self) -> tuple[nn.Module, ChatProcessor]:
+        """Both themselves, loaded, for who trains the model. Its weights are frozen and it is in evaluation mode."""
+        self.load()
+        assert self._loaded is not None
+        return self._loaded
 
     def unload(self) -> None:
         """Let the weights go; the next call reads them again. Does nothing for a held model."""
@@ -182,7 +194,7 @@ class VisionLanguageModel:
 
     def _read(self) -> tuple[nn.Module, ChatProcessor]:
         if self._folder is None:
-            return random_vlm(size=self.size, seed=self.seed, dtype=self.dtype, device=self.device)
+            return self._random_loader(size=self.size, seed=self.seed, dtype=self.dtype, device=self.device)
         if self._loader is not None:
             return self._loader(folder=self._folder, dtype=self.dtype, device=self.device)
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -270,6 +282,7 @@ class VisionLanguageModel:
         if not requests:
             return
         self.load()
+        assert self._loaded is not None
         model, processor = self._loaded
         moves = self.offload == "cpu" and self.device.type != "cpu"
         if moves:
@@ -356,7 +369,8 @@ def _parameters(folder: Path) -> float:
 
 
 def _limit_pixels(processor: ChatProcessor, max_image_px: int) -> None:
-    size = getattr(getattr(processor, "image_processor", None), "size", None)
-    if size is None or "longest_edge" not in size or "shortest_edge" not in size:
+    image_processor = getattr(processor, "image_processor", None)
+    size = getattr(image_processor, "size", None)
+    if image_processor is None or size is None or "longest_edge" not in size or "shortest_edge" not in size:
         raise UserError(f"max_image_px={max_image_px} is not known to {type(processor).__name__}; set max_image_px=null")
-    processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_image_px), "longest_edge": max_image_px}
+    image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_image_px), "longest_edge": max_image_px}

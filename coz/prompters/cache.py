@@ -85,6 +85,7 @@ class PromptCache:
             raise UserError(f"cache_dir={self.folder} cannot be written ({error}); free space or set cache_dir=null") from error
 
     def _path(self, key: str) -> Path:
+        assert self.folder is not None, "a cache that keeps nothing has no paths"
         return self.folder / key[:2] / f"{key}.json"
 
 
@@ -98,13 +99,13 @@ def ask_missing(cache: PromptCache, keys: Sequence[str], ask: Callable[[list[int
     answers = {key: answer for key in dict.fromkeys(keys) if (answer := cache.get(key)) is not None}
     missing = [key for key in dict.fromkeys(keys) if key not in answers]
     if missing:
-        failures = []
-        for key, answer in zip(missing, ask([keys.index(key) for key in missing]), strict=True):
-            if isinstance(answer, Exception):
-                failures.append(answer)
+        failures: list[Exception] = []
+        for key, said in zip(missing, ask([keys.index(key) for key in missing]), strict=True):
+            if isinstance(said, Exception):
+                failures.append(said)
             else:
-                cache.put(key, answer)
-                answers[key] = answer
+                cache.put(key, said)
+                answers[key] = said
         if failures:
             raise failures[0]
     return [answers[key] for key in keys]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from coz.backbones.interpolation import Interpolation
 from coz.chain import StepSettings, zoom_chain
-from coz.image import from_pil, resize, start_state, view_at
+from coz.image import fix_color, from_pil, quantize, resize, start_state, view_at
 from coz.prompters.null import NullPrompter
 
 
@@ -72,3 +72,11 @@ def test_inputs_of_chain_steps(chain):
             assert _equal(resize(view, side), _read(run / f"{step}_input.png")), f"{run.name} step {step}"
             checked += 1
     assert checked
+
+
+@pytest.mark.parametrize("method", ["wavelet", "adain"])
+def test_color_fix_of_a_recorded_step(chain, method):
+    folder, _ = chain
+    target, source = _read(folder / "recursive__null" / "1.png"), _read(folder / "recursive__null" / "1_input.png")
+    fixed = quantize(fix_color(target, source, method), rounding="truncate")
+    assert float((fixed - _read(folder / "colorfix" / f"{method}.png")).abs().max()) <= 1.01 / 255

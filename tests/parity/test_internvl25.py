@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -16,15 +15,6 @@ from safetensors.torch import load_file
 from coz.checkpoint import WrongWeights
 from coz.models import internvl_chat as chat
 from coz.models import internvl_weights as weights
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-
-
-def _released(parity):
-    """Names and shapes of the real files: beside the set, where it has them, else our copy."""
-    file = parity("internvl25") / "full_size_keys.json"
-    packed = GOLDEN / "internvl25" / "full_size_keys.json.gz"
-    return json.loads(file.read_text() if file.is_file() else gzip.decompress(packed.read_bytes()))
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +145,8 @@ def test_prompts_equal_the_release(golden):
             assert text == whole, case["name"]
 
 
-def test_full_size_has_the_released_names_and_shapes(parity):
-    released = _released(parity)
+def test_full_size_has_the_released_names_and_shapes(released_keys):
+    released = released_keys("internvl25")
     shapes = {name: tuple(shape) for name, shape in released["keys"]}
     config = weights.native_config(released["config"], image_token_id=weights.IMAGE_TOKEN_ID)
     weights.check_shapes(shapes, config, what="the list")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +14,6 @@ from coz.backbones.liif import Liif
 from coz.checkpoint import compare_keys, load_tensors
 from coz.image import from_pil, to_uint8
 from coz.models import liif
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-
-
-def _released(parity):
-    """Names and shapes of the real files: beside the set, where it has them, else our copy."""
-    file = parity("liif") / "full_size_keys.json"
-    packed = GOLDEN / "liif" / "full_size_keys.json.gz"
-    return json.loads(file.read_text() if file.is_file() else gzip.decompress(packed.read_bytes()))
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +85,8 @@ def test_answers_and_pictures_equal_the_release(golden, backbones):
 
 
 @pytest.mark.parametrize("encoder", ["edsr", "rdn"])
-def test_full_size_has_the_released_names_and_shapes(parity, encoder):
-    released = _released(parity)["rdn-liif.pth" if encoder == "rdn" else "edsr-baseline-liif.pth"]["keys"]
+def test_full_size_has_the_released_names_and_shapes(encoder, released_keys):
+    released = released_keys("liif")["rdn-liif.pth" if encoder == "rdn" else "edsr-baseline-liif.pth"]["keys"]
     stored = {name: torch.empty(shape, device="meta") for name, shape, _ in released}
     needed = {name: tuple(shape) for name, shape, used in released if used}
 

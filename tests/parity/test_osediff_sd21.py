@@ -22,8 +22,8 @@ def folder(parity):
 
 
 @pytest.fixture(scope="module")
-def full_size_keys(parity):
-    return json.loads((parity("osediff_sd21") / "full_size_keys.json").read_text())
+def full_size_keys(released_keys):
+    return released_keys("osediff_sd21")
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +15,6 @@ from coz.image import from_pil
 from coz.models import ram_network as ram
 from coz.models.ram import Tagger
 from coz.prompters.dape import Dape
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-
-
-def _released(parity):
-    """Names and shapes of the real files: beside the set, where it has them, else our copy."""
-    file = parity("ram_dape") / "full_size_keys.json"
-    packed = GOLDEN / "ram_dape" / "full_size_keys.json.gz"
-    return json.loads(file.read_text() if file.is_file() else gzip.decompress(packed.read_bytes()))
-
 
 VARIANTS = ("ram", "dape", "dape_tied")
 
@@ -183,8 +171,8 @@ def _on_meta(keys):
 
 
 @pytest.mark.parametrize("alias", ["tagging_head", "vision_multi"])
-def test_full_size_has_the_released_names_and_shapes(parity, alias):
-    lists = _released(parity)
+def test_full_size_has_the_released_names_and_shapes(alias, released_keys):
+    lists = released_keys("ram_dape")
     released = lists["ram"]["keys"]
     stored = {name.replace("tagging_head", alias): tensor for name, tensor in _on_meta(released).items()}
     state = ram.read_official({"model": stored}, what="the list")

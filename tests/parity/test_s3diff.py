@@ -24,8 +24,8 @@ def folder(parity):
 
 
 @pytest.fixture(scope="module")
-def full_size_keys(parity):
-    return json.loads((parity("s3diff") / "full_size_keys.json").read_text())
+def full_size_keys(released_keys):
+    return released_keys("s3diff")
 
 
 @pytest.fixture(scope="module")

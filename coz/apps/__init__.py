@@ -1,0 +1,1 @@
+"""Commands and pages for people; they may import anything, nothing imports them."""

@@ -1,0 +1,1 @@
+"""Training: the super-resolution backbone, and the prompt extractor by GRPO."""
