@@ -257,18 +257,23 @@ def _applicable(config: DictConfig, overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         key = override.partition("=")[0]
         group = key.split(".")[0]
-        if key.startswith(("+", "~")) or OmegaConf.select(config, key, default=config) is not config:
+        if key.startswith(("+", "~")) or _has(config, key):
             kept.append(override)
             continue
-        known = any(
-            OmegaConf.select(OmegaConf.load(file), key.partition(".")[2], default=config) is not config
-            for file in (CONF / group).glob("*.yaml")
-        )
-        if known:
+        if any(_has(OmegaConf.load(file), key.partition(".")[2]) for file in (CONF / group).glob("*.yaml")):
             logger.info("%s does not apply to %s=%s", override, group, config.choices[group])
         else:
             kept.append(override)
     return kept
+
+
+def _has(node: object, key: str) -> bool:
+    """Whether a config has a key, be it one that still needs a value."""
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` passes over what needs a value)
+            return False
+        node = node._get_node(part)
+    return True
 
 
 def _stand_in(draft: DictConfig, typed: Sequence[str]) -> tuple[str, str]:

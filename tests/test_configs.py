@@ -126,6 +126,8 @@ def test_in_a_sweep_a_setting_is_for_the_parts_that_have_it():
     assert tuned.prompter.adapter == "outputs/x"
     other = _resolve("method=direct", "prompter.adapter=outputs/x", sweep=True)
     assert "adapter" not in other.prompter
+    folder = _resolve("profile=embedded", "method=nn", "dataset=folder", "dataset.path=/my/photos", sweep=True)
+    assert folder.dataset.path == "/my/photos"  # it has the key, and no value yet
     with pytest.raises(Exception, match=r"prompter\.adaptor"):
         _resolve("method=direct", "prompter.adaptor=outputs/x", sweep=True)
     with pytest.raises(Exception, match=r"prompter\.adapter"):
