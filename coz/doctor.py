@@ -10,11 +10,8 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -24,10 +21,8 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from coz import cli
+from coz.machine import Machine, describe_machine, look_at_machine
 from coz.prepare import Need, needs_of, state_of
-
-GB = 1e9
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "peft", "spandrel", "timm", "pyiqa", "trl", "gradio", "zarr")
 
 # About what a part takes on a GPU in bf16 with one picture of 512 x 512: its weights, and a little for the work. By tensor
 # shapes (coz.models.sd3_memory for SD3, whose text encoders may live elsewhere) and by the sizes of files, not measured.
@@ -37,38 +32,6 @@ _GRPO_EXTRA_GB = 4.0  # docs/grpo.md: 28 GB for a policy of 7.5 and a critic of 
 
 Verdict = Literal["ready", "slow", "fetch", "no"]
 _SIGNS = {"ready": "yes", "slow": "slow", "fetch": "fetch", "no": "no"}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU as PyTorch sees it."""
-
-    name: str
-    memory_gb: float
-    free_gb: float
-    bf16: bool
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is to run on."""
-
-    system: str
-    python: str
-    cores: int
-    memory_gb: float
-    available_gb: float
-    bf16_cpu: bool
-    gpus: tuple[Gpu, ...]
-    disks: Mapping[str, float]
-    """What lies there and where → free GB."""
-    versions: Mapping[str, str]
-    """Of installed packages; absent ones are left out."""
-
-    @property
-    def gpu_gb(self) -> float:
-        """Memory of the largest GPU, 0 without one."""
-        return max((gpu.memory_gb for gpu in self.gpus), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -97,71 +60,6 @@ class Finding:
     verdict: Verdict
     reason: str
     command: str
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# looking
-
-
-def look_at_machine(*, outputs: Path) -> Machine:
-    """The machine that runs this, as far as it tells without any privilege."""
-    import torch
-
-    from coz.models.placement import cpu_has_bf16
-
-    total_gb, available_gb = _memory()
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    cache_folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    return Machine(
-        system=platform.platform(),
-        python=platform.python_version(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_gb=total_gb,
-        available_gb=available_gb,
-        bf16_cpu=cpu_has_bf16(),
-        gpus=tuple(_gpus(torch)),
-        disks={f"{what} ({path})": _free_gb(path) for what, path in (("outputs", outputs), ("weights", cache_folder))},
-        versions=versions,
-    )
-
-
-def _gpus(torch: object) -> Iterator[Gpu]:
-    cuda = torch.cuda  # type: ignore[attr-defined]
-    for index in range(cuda.device_count()):
-        properties = cuda.get_device_properties(index)
-        try:
-            free = cuda.mem_get_info(index)[0]
-        except RuntimeError:  # a card that others hold alone
-            free = 0
-        yield Gpu(properties.name, properties.total_memory / GB, free / GB, properties.major >= 8)
-
-
-def _memory() -> tuple[float, float]:
-    """(total, available) GB of main memory; a container's limit counts where there is one."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 / GB for line in lines}
-        total, available = sizes["MemTotal"], sizes["MemAvailable"]
-    except (OSError, KeyError, ValueError):
-        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text()) / GB
-    except (OSError, ValueError):  # none, or the word "max"
-        return total, available
-    return min(total, limit), min(available, limit)
-
-
-def _free_gb(path: Path) -> float:
-    """Free space where a folder is, or would be made."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free / GB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,23 +234,6 @@ def all_needs(experiments: Iterable[Experiment]) -> list[Need]:
     return list(needs.values())
 
 
-def describe_machine(machine: Machine) -> Iterator[str]:
-    """Lines for people."""
-    yield f"system    {machine.system}, Python {machine.python}"
-    yield f"CPU       {machine.cores} cores{', bf16 in hardware' if machine.bf16_cpu else ''}"
-    yield f"memory    {machine.memory_gb:.1f} GB, {machine.available_gb:.1f} GB of it available"
-    for gpu in machine.gpus:
-        yield f"GPU       {gpu.name}, {gpu.memory_gb:.0f} GB ({gpu.free_gb:.0f} free){'' if gpu.bf16 else ', no bf16'}"
-    if not machine.gpus:
-        yield "GPU       none that PyTorch sees"
-    for place, free_gb in machine.disks.items():
-        yield f"disk      {free_gb:.0f} GB free for {place}" + (": LITTLE" if free_gb < 5 else "")
-    yield "packages  " + ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    absent = [name for name in PACKAGES if name not in machine.versions]
-    if absent:
-        yield f"          not installed: {', '.join(absent)}"
-
-
 def describe_findings(findings: Sequence[Finding]) -> Iterator[str]:
     """Lines for people, profile by profile."""
     for profile in dict.fromkeys(finding.experiment.profile for finding in findings):
@@ -379,7 +260,7 @@ def _fixed(experiment: Experiment) -> Sequence[str]:
     """The parts that an experiment's method fixes: nn and bicubic run anywhere and show little."""
     method = next((o.split("=")[1] for o in experiment.overrides if o.startswith("method=")), "")
     file = cli.CONF / "method" / f"{method}.yaml"
-    return list(OmegaConf.load(file).get("fixes") or {}) if file.is_file() else []  # type: ignore[union-attr]
+    return list(OmegaConf.select(OmegaConf.load(file), "fixes") or {}) if file.is_file() else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -402,9 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for need, state, where in weights:
         print(f"  {state:9} {need.source}  ({where or need.setting})")
     print("\n".join(describe_findings(findings)))
-    print(
-        "\nyes: runs now; slow: on the CPU; fetch: when the weights are there; no: not on this machine as it is. GPU memory is estimated, not measured."
-    )
+    print("\nyes: runs now; slow: on the CPU; fetch: when the weights are there; no: not on this machine as it is")
+    print("GPU memory is estimated, not measured.")
     fetch = list(dict.fromkeys(f.command for f in findings if f.verdict == "fetch" and f.command.startswith("python")))
     print("\nto type next:  " + next_command(findings))
     for command in fetch[:4]:

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from coz import doctor
-from coz.doctor import Experiment, Gpu, Machine, examine, experiments, next_command
+from coz.doctor import Experiment, examine, experiments, next_command
+from coz.machine import Gpu, Machine
 
 CPU = Machine("Linux", "3.11.7", 2, 8.0, 6.0, False, (), {"outputs": 100.0}, {"torch": "2.9"})
 BIG = dataclasses.replace(CPU, gpus=(Gpu("H100", 80.0, 79.0, True),), memory_gb=128.0)
