@@ -48,14 +48,15 @@ class Says:
         return [self.words for _ in current]
 
 
-def make_run(root, at="centre", photos=7):
+def make_run(root, at="centre", photos=7, mode="chain"):
     (root / "photos").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for name in range(photos):
         Image.fromarray(generator.integers(0, 255, (70, 70, 3), dtype=np.uint8)).save(root / "photos" / f"photo{name}.png")
     for number, (method, words) in enumerate(zip(CONDITIONS.values(), ("a <b>cat</b>", "two cats", "cat's fur"), strict=True)):
         settings = StepSettings(backbone=Interpolation(resampling="bicubic"), prompter=Says(words))
-        plan = Plan(factors=plan_for(mode="chain", scale=16, max_factor=4, start_px=64), start_px=64, at=at)
+        factors = plan_for(mode=mode if number == 1 else "chain", scale=16, max_factor=4, start_px=64)
+        plan = Plan(factors=factors, start_px=64, at=at)
         lineages = StateMaker(store=StateStore(root / "states"), settings=settings, plan=plan).run(
             list_photos(path=root / "photos")
         )
@@ -105,6 +106,8 @@ def test_material_that_does_not_fit_is_refused(run, tmp_path):
         read_material([run], CONDITIONS, text_step=3)
     with pytest.raises(UserError, match="at=centre"):
         read_material([make_run(tmp_path / "aside", at=(0.2, 0.2), photos=1)], CONDITIONS, text_step=1)
+    with pytest.raises(UserError, match="multi: 1, tuned: 2"):
+        read_material([make_run(tmp_path / "mixed", mode="direct", photos=1)], CONDITIONS, text_step=1)
 
 
 def test_each_page_shows_all_conditions_of_one_photograph(store, material):

@@ -59,7 +59,8 @@ def read_material(
         text_step: the step whose prompts are rated; at the first all conditions look into the same picture.
 
     Raises:
-        UserError: unknown methods, fewer than two conditions, no photograph under all of them, a zoom off the centre.
+        UserError: unknown methods, fewer than two conditions, no photograph under all of them, zooms off the centre or
+            of different steps.
     """
     if len(conditions) < 2:
         raise UserError("a study compares at least two conditions; give them as --conditions multi=coz_vlm tuned=…")
@@ -78,6 +79,10 @@ def read_material(
                 assert chain is not None
                 samples[photo, name] = _sample(results, photo, chain, text_step)
                 keys.append(chain.steps[-1].key)
+            lengths = {name: samples[photo, name].scales for name in conditions}
+            if len(set(lengths.values())) > 1:  # raters would tell the conditions apart by the number of pictures
+                steps = ", ".join(f"{name}: {len(scales) - 1}" for name, scales in lengths.items())
+                raise UserError(f"the conditions zoom in different numbers of steps ({steps}); compare chains with chains")
     if not samples:
         raise UserError(f"no photograph has states of all conditions at {scale:g}x; evaluate all methods at the same scale")
     identity = fingerprint({"conditions": dict(conditions), "states": sorted(keys), "text_step": text_step})

@@ -119,7 +119,7 @@ def _known(store: StudyStore, token: str) -> list[Shown]:
 def _frame(content: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        'initial-scale=1"><meta name="robots" content="noindex"><title>Survey</title>'
+        'initial-scale=1"><meta name="robots" content="noindex"><link rel="icon" href="data:,"><title>Survey</title>'
         f"<style>{_STYLE}</style></head><body>{content}</body></html>"
     )
 
@@ -161,7 +161,7 @@ def _sequences(address: str, items: Sequence[Shown], samples: Sequence[Sample]) 
 
 def _texts(address: str, items: Sequence[Shown], samples: Sequence[Sample]) -> str:
     """One picture above all texts where all describe the same, else each text's own."""
-    same = len({sample.text_picture for sample in samples}) == 1
+    same = len({(sample.text_picture, sample.box) for sample in samples}) == 1
     shared = _boxed(f"{address}/0/0.png", samples[0]) if same else ""
     blocks = [
         _block(item, ("" if same else _boxed(f"{address}/{item.place}/0.png", sample)) + _quote(sample))
