@@ -7,7 +7,7 @@ with the setting that takes their path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ class Need:
         return self.source.endswith(FILE_SUFFIXES) or self.source.startswith(("/", ".", "~")) or "/" not in self.source
 
 
-def needs_of(config: DictConfig) -> Iterator[Need]:
+def needs_of(config: DictConfig, groups: Sequence[str] = GROUPS) -> Iterator[Need]:
     """What the parts of a configuration name as weights, adapters and checkpoints."""
-    for group in GROUPS:
+    for group in groups:
         node = config.get(group)
         if node is not None:
             yield from _walk(node, group)

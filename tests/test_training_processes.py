@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training_loop import photos  # noqa: F401 - a fixture
+
+from tests.test_training_loop import photos  # noqa: F401 - a fixture
 
 TESTS = Path(__file__).parent
 
