@@ -62,6 +62,8 @@ class Gathered:
     columns: list[Column]
     refusals: list[Refusal]
     credits: dict[str, str]
+    remarks: list[str]  # on stand-ins, references and what was skipped
+    tables: list[str]  # of the paper, that experiments of these jobs name
 
 
 def gather(jobs: Sequence[Path]) -> Gathered:
@@ -71,7 +73,12 @@ def gather(jobs: Sequence[Path]) -> Gathered:
     rows: list[Row] = []
     for job, variant in zip(jobs, variants, strict=True):
         rows += [{**row, "method": _label(str(row["method"]), variant)} for row in read_rows(job / ROWS)]
+    remarks = {record.setting.get("reference", "") for record in records}
+    remarks |= {f"skipped, too small for it: {s}" for record in records if (s := record.setting.get("skipped"))}
+    remarks |= {f"{s['dataset']} stands in for {s['stands_for']}" for s in (r.setting for r in records) if s.get("stands_for")}
     return Gathered(
+        remarks=sorted(remarks - {""}),
+        tables=sorted({record.setting.get("table", "") for record in records} - {""}),
         rows=rows,
         columns=list({column.name: column for record in records for column in record.columns}.values()),
         refusals=list(dict.fromkeys(refusal for record in records for refusal in record.refusals)),
@@ -88,25 +95,9 @@ def publish(folder: Path, jobs: Sequence[Path], *, states: Path, strips: int) ->
         states: the state store.
         strips: draw strips of at most so many photographs.
     """
-<<<<<<< HEAD
-    records = [JobRecord.read(job) for job in jobs]
-    variants = _variants([record.overrides for record in records])
-    rows: list[Row] = []
-    for job, variant in zip(jobs, variants, strict=True):
-        rows += [{**row, "method": _label(str(row["method"]), variant)} for row in read_rows(job / ROWS)]
-    refusals = list(dict.fromkeys(refusal for record in records for refusal in record.refusals))
-    columns = list({column.name: column for record in records for column in record.columns}.values())
-    credits = {name: credit for record in records for name, credit in record.credits.items()}
-
-    remarks = {record.setting.get("reference", "") for record in records}
-    remarks |= {f"skipped, too small for it: {s}" for record in records if (s := record.setting.get("skipped"))}
-    remarks |= {f"{s['dataset']} stands in for {s['stands_for']}" for s in (r.setting for r in records) if s.get("stands_for")}
-    table = results_table(rows, columns, refusals, sorted(remarks - {""}))
-=======
     found = gather(jobs)
     rows, columns = found.rows, found.columns
-    table = results_table(rows, columns, found.refusals)
->>>>>>> report
+    table = results_table(rows, columns, found.refusals, found.remarks)
     texts = [table.markdown()]
     niqe = next((column for column in columns if column.name == "niqe"), None)
     paired = differences_table(rows, niqe) if niqe else None
@@ -117,17 +108,11 @@ def publish(folder: Path, jobs: Sequence[Path], *, states: Path, strips: int) ->
     write_atomic(folder / "table.csv", table.csv())
     write_atomic(folder / "table.tex", table.latex())
     write_atomic(folder / "table.md", "\n".join(texts))
-<<<<<<< HEAD
-    drawn = draw_strips(folder / "strips", rows, states=states, limit=strips, credits=credits)
-    named = {record.setting.get("table", "") for record in records} - {""}
-    if not named:
-        print("\n" + "\n".join(texts))
-    for name in sorted(named):
-        publish_paper_table(folder, jobs, name)
-=======
     drawn = draw_strips(folder / "strips", rows, states=states, limit=strips, credits=found.credits)
-    print("\n" + "\n".join(texts))
->>>>>>> report
+    if not found.tables:
+        print("\n" + "\n".join(texts))
+    for name in found.tables:
+        publish_paper_table(folder, jobs, name)
     print(f"table: {folder / 'table.md'}")
     if drawn:
         print(f"strips: {drawn[0]}" + (f" and {len(drawn) - 1} more beside it" if len(drawn) > 1 else ""))

@@ -13,7 +13,7 @@ from coz.errors import UserError
 from coz.results import RECORD, Gathered, gather
 from coz.tables import Row
 
-PAPER_TABLE = Path(__file__).parents[1] / "assets" / "paper_table1.csv"
+PAPER_TABLE = Path(__file__).parents[1] / "assets" / "paper" / "table1.csv"
 
 
 class NoResults(UserError):
