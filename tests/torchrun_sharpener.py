@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.test_training_loop import make_run
+from test_training_loop import make_run
 
 
 def main(folder: Path, photos: Path, stop_at: int | None) -> None:
