@@ -176,6 +176,9 @@ def test_budgets_hold(outputs, tmp_path):
     pictures = Pictures(states, limit=10, side_px=32, quality=80, max_mb=1e-6)
     keys = list(read_results([run]).keys("a").values())
     assert [pictures.embed(key) is not None for key in keys[:3]] == [True, False, False]
+    once = Pictures(states, limit=1, side_px=32, quality=80, max_mb=1)
+    assert once.embed(keys[0]) == once.embed(keys[0]) == f"s-{keys[0]}"  # shown again, it costs nothing
+    assert once.refused == 0
 
 
 def test_the_same_run_gives_the_same_page(outputs, page, tmp_path):
