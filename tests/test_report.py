@@ -15,7 +15,8 @@ from coz.backbones.interpolation import Interpolation
 from coz.chain import StepSettings
 from coz.data.photos import list_photos
 from coz.errors import UserError
-from coz.evaluation import Failure, Labels, Plan, StateMaker, measure, plan_for, row_order
+from coz.evaluation import StateMaker
+from coz.measuring import Labels, measure, row_order
 from coz.metrics import ConsistencyInput, ConsistencyStep
 from coz.report.__main__ import main, write_report
 from coz.report.curves import draw_curves, ticks
@@ -24,6 +25,7 @@ from coz.report.pictures import Pictures
 from coz.report.prompt_statistics import statistics_of, words_of
 from coz.report.reading import StateFolder, paper_values, read_results
 from coz.results import JobRecord, save_job
+from coz.stages import Failure, Plan, plan_for
 from coz.store import StateStore, write_json
 from coz.tables import Cell, Column, Refusal
 

@@ -23,9 +23,11 @@ from coz.backbones.interpolation import Interpolation
 from coz.chain import StepSettings
 from coz.data.photos import list_photos
 from coz.errors import UserError
-from coz.evaluation import Labels, Plan, StateMaker, measure, plan_for
+from coz.evaluation import StateMaker
+from coz.measuring import Labels, measure
 from coz.metrics import ConsistencyStep
 from coz.results import JobRecord, save_job
+from coz.stages import Plan, plan_for
 from coz.store import StateStore
 from coz.tables import Column
 

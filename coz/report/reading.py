@@ -163,9 +163,13 @@ def _read_json(file: Path) -> dict:
 
 def paper_values(labels: Iterable[tuple[float, str]], metrics: Sequence[str]) -> list[dict[str, str]]:
     """Rows of the paper's Table 1 at the scales and methods of a run, where the run has one of its metrics."""
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
     with PAPER_TABLE.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    if not lines or not set(metrics) & set(lines[0]):
+        for row in csv.DictReader(file):
+            key = (row["scale"], row["method"], row["dataset"].upper())
+            line = lines.setdefault(key, dict(zip(("scale", "method", "dataset"), key, strict=True)))
+            line[row["metric"]] = row["value"]
+    if not any(set(metrics) & set(line) for line in lines.values()):
         return []
     wanted = {(f"{scale:g}", method.split("[")[0]) for scale, method in labels}
-    return [line for line in lines if (line["scale"], line["method"]) in wanted]
+    return [line for line in lines.values() if (line["scale"], line["method"]) in wanted]
