@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,6 +194,9 @@ class Table:
 
 
 def _tex(text: str) -> str:
+    for mark, command in ((r"\*\*(.+)\*\*", "textbf"), (r"_(.+)_", "underline")):
+        if marked := re.fullmatch(mark, text):
+            return rf"\{command}{{{_tex(marked[1])}}}"
     for plain, escaped in (
         ("\\", r"\textbackslash "),
         ("&", r"\&"),
@@ -202,7 +206,7 @@ def _tex(text: str) -> str:
         ("×", r"$\times$"),
     ):
         text = text.replace(plain, escaped)
-    return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$").replace("–", "--")
+    return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$").replace("–", "--").replace("−", "$-$")
 
 
 def results_table(

@@ -110,6 +110,17 @@ def test_best_and_second_best_by_the_metrics_direction(sweep):
     assert f"**{entries[Key(4, 'coz_vlm', 'div2k', 'niqe')].value:.4f}**" in text
 
 
+def test_latex_marks_the_best_too(sweep):
+    publish_table("table1", job_folders(sweep), sweep)
+    text = (sweep / "table1.tex").read_text()
+    best = entries_of(LAYOUTS["table1"], _runs(sweep))[Key(4, "coz_vlm", "div2k", "niqe")].value
+    second = entries_of(LAYOUTS["table1"], _runs(sweep))[Key(4, "direct", "div2k", "niqe")].value
+    assert rf"\textbf{{{best:.4f}}}" in text
+    assert rf"\underline{{{second:.4f}}}" in text
+    assert "ours $-$ paper" in text
+    assert r"cons. step (dB) $\uparrow$" in text
+
+
 def test_what_is_not_the_papers_setting_is_said(sweep):
     text = publish_table("table1", job_folders(sweep), sweep)
     for part in (
