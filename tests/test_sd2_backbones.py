@@ -153,7 +153,8 @@ def test_configuration_binds_to_the_constructor(name):
     parameters = inspect.signature(CLASSES[name]).parameters
     assert set(node) == set(parameters), "every setting stands in the file, and no other"
     shared = set(node) - {"device", "precision", "checkpoint", "degradation_checkpoint", "tagger"}
-    for key in shared:
+    assert str(node.pop("size")).endswith(",full}")  # the profile's, else full
+    for key in shared - {"size"}:
         assert node[key] == parameters[key].default, key
 
 
