@@ -1,6 +1,6 @@
 """Images per second and memory of the embedded chain, and the share of time outside the net.
 
-    python benchmarks/embedded_chain.py [--photos 3] [--scale 16]
+    python benchmarks/embedded_chain.py [--photos 3] [--scale 64]
 
 Runs `coz_null` with Real-ESRGAN x4plus over sample photographs into a fresh store: decoding, views, the net, PNGs, locks. The
 share outside the net is 1 - (time inside the net's forward pass) / (time of the whole), measured in the same run.
@@ -48,7 +48,7 @@ def main() -> None:
     """Measure and print one line of Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=16)
+    parser.add_argument("--scale", type=float, default=64)
     options = parser.parse_args()
     photos = list_photos(path=Path(__file__).parents[1] / "data" / "photos", limit=options.photos)
     backbone = Spandrel(weights=WEIGHTS, color_fix="wavelet")

