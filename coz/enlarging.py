@@ -28,6 +28,7 @@ from coz.errors import UserError
 from coz.image import from_pil, read_photo, resize, to_uint8
 from coz.parts import Enlarge, build_parts
 from coz.prompters.base import Prompter
+from coz.provenance import note_on
 from coz.pyramid import Canvas, Pyramid, build_pyramid, check_room, create_canvas, import_zarr, write_bigtiff
 from coz.store import explain_write_errors, fingerprint, write_atomic, write_json
 from coz.tile_prompts import PromptMode, TilePrompts, check_mode
@@ -180,7 +181,13 @@ class Enlarger:
                 self._step(step, plan, on_tile)
         group = self.folder / "image.ome.zarr"
         if not self._journal("pyramid"):
-            build_pyramid(group, done=lambda name, row: row < self._journal(name), note=self._note)
+            about = note_on(
+                backbone=self._settings.backbone.fingerprint,
+                prompter=self._settings.prompter.fingerprint,
+                scale=self.plans[-1].target_size[0] / self._photo.height,
+                fingerprint=fingerprint(self._made_by),
+            )
+            build_pyramid(group, done=lambda name, row: row < self._journal(name), note=self._note, about=about)
             self._note("pyramid", 0)
 
     def _check_folder(self) -> None:

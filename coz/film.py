@@ -70,7 +70,7 @@ def write_film(
             codec="libx264",
             pix_fmt_out="yuv420p",
             macro_block_size=2,
-            output_params=["-crf", "17", "-preset", "fast", "-movflags", "+faststart", "-f", "mp4"],
+            output_params=[*_note(states), "-crf", "17", "-preset", "fast", "-movflags", "+faststart", "-f", "mp4"],
         )
         writer.send(None)
         try:
@@ -79,6 +79,12 @@ def write_film(
         finally:
             writer.close()
     return Path(path)
+
+
+def _note(states: Sequence[ZoomState]) -> list[str]:
+    """What the last state says of itself, as the film's comment."""
+    told = " ".join(f"{name}: {text}." for name, text in states[-1].note.items())
+    return ["-metadata", f"comment={told}"] if told else []
 
 
 def film_frames(

@@ -7,9 +7,10 @@ exact on them, and is used wherever a figure of the paper depends on it.
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from coz.errors import UserError
@@ -124,6 +126,26 @@ def _samples_to_uint8(samples: np.ndarray) -> np.ndarray:
         samples = np.nan_to_num(samples)
         top = 1.0 if samples.max(initial=0) <= 1.0 else 255.0
     return np.rint(samples.astype(np.float64).clip(0, top) * (255.0 / top)).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def encode_png(image: Image.Image, *, note: Mapping[str, str], compress_level: int = 4) -> bytes:
+    """The bytes of a PNG file that carries a note, see `provenance.note_on`. Equal arguments give equal bytes.
+
+    Args:
+        image: 8-bit RGB.
+        note: texts by keyword; a keyword is Latin-1 and at most 79 characters, a text may be anything.
+        compress_level: 0 to 9, Pillow's.
+    """
+    texts = PngInfo()
+    for keyword, text in note.items():
+        texts.add_text(keyword, text)  # what is not Latin-1 becomes an iTXt chunk by itself
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=compress_level, pnginfo=texts)
+    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +94,16 @@ def pyramid_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
     return sizes
 
 
-def build_pyramid(group: Path, *, done: Callable[[str, int], bool], note: Callable[[str, int], None]) -> int:
+def build_pyramid(
+    group: Path, *, done: Callable[[str, int], bool], note: Callable[[str, int], None], about: Mapping[str, str]
+) -> int:
     """Add the smaller levels beside level `0` of an OME-Zarr group, each the mean of 2 x 2 pixels of the one before.
 
     Args:
         group: the folder; its level `0` is complete.
         done: whether a row of chunks of a level is finished, (name, row).
         note: called when one is.
+        about: what the picture says of itself, see `provenance.note_on`.
 
     Returns:
         The number of levels.
@@ -119,12 +122,12 @@ def build_pyramid(group: Path, *, done: Callable[[str, int], bool], note: Callab
                 mean = (pixels[::2, ::2] + pixels[1::2, ::2] + pixels[::2, 1::2] + pixels[1::2, 1::2] + 2) // 4
                 target.write(box, mean.astype(np.uint8))
             note(f"level{level}", row)
-    write_ome_metadata(group, len(sizes))
+    write_ome_metadata(group, len(sizes), about)
     return len(sizes)
 
 
-def write_ome_metadata(group: Path, levels: int) -> None:
-    """The OME-NGFF description of a group whose levels are named 0, 1, 2, …"""
+def write_ome_metadata(group: Path, levels: int, about: Mapping[str, str]) -> None:
+    """The OME-NGFF description of a group whose levels are named 0, 1, 2, …, and beside it `about` as `coz`."""
     axes = [{"name": "c", "type": "channel"}, {"name": "y", "type": "space"}, {"name": "x", "type": "space"}]
     datasets = [
         {"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": [1.0, 2.0**level, 2.0**level]}]}
@@ -140,7 +143,7 @@ def write_ome_metadata(group: Path, levels: int) -> None:
         "multiscales": [{"name": group.name, "axes": axes, "datasets": datasets}],
         "omero": {"channels": channels},
     }
-    write_json(group / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome}})
+    write_json(group / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome, "coz": dict(about)}})
 
 
 class Pyramid:
@@ -158,6 +161,7 @@ class Pyramid:
         except (OSError, KeyError, IndexError, json.JSONDecodeError) as error:
             raise UserError(f"{group} is no finished OME-Zarr picture; run the command that makes it again") from error
         self.levels = [Canvas(self.group / dataset["path"]) for dataset in datasets]
+        self.about: dict[str, str] = about["attributes"].get("coz", {})
 
     @property
     def size(self) -> tuple[int, int]:
@@ -191,9 +195,11 @@ def write_bigtiff(pyramid: Pyramid, path: str | Path) -> Path:
         "predictor": True,
         "dtype": np.uint8,
     }
+    told = "\n".join(f"{name}: {text}" for name, text in pyramid.about.items()).encode("ascii", "replace").decode()
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=True) as writer:
         for index, level in enumerate(pyramid.levels):
-            extra = {"subifds": len(pyramid.levels) - 1} if index == 0 else {"subfiletype": 1}
+            first = {"subifds": len(pyramid.levels) - 1, "description": told, "software": pyramid.about.get("Software", "coz")}
+            extra = first if index == 0 else {"subfiletype": 1}
             writer.write(_tiff_tiles(level), shape=(*level.size, 3), **extra, **options)
     return path
 

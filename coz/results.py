@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from coz.errors import UserError
+from coz.image import encode_png
 from coz.plots import draw_strip, read_strip_state
-from coz.store import write_atomic, write_json
+from coz.provenance import note_on_several
+from coz.store import fingerprint, write_atomic, write_json
 from coz.tables import (
     Column,
     Refusal,
@@ -174,9 +175,13 @@ def draw_strips(folder: Path, rows: Sequence[Row], *, states: Path, limit: int, 
         random = ", RANDOM weights: the pictures mean nothing" if any(row["profile"] == "tiny" for row in mine) else ""
         cells = {label: state for label, (state, _) in read.items()}
         strip = draw_strip(f"{image}  ({backbones}{random})", start, cells, methods, scales, credits.get(image, ""))
-        buffer = io.BytesIO()
-        strip.save(buffer, "PNG")
-        write_atomic(folder / f"{image}.png", buffer.getvalue())
+        note = note_on_several(
+            backbones=sorted({str(row["backbone"]) for row in mine}),
+            prompters=sorted({str(row["prompter"]) for row in mine}),
+            scales=scales,
+            fingerprint=fingerprint({"strip": sorted(keys.values())}),
+        )
+        write_atomic(folder / f"{image}.png", encode_png(strip, note=note))
         paths.append(folder / f"{image}.png")
     return paths
 

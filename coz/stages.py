@@ -6,8 +6,7 @@ metric computes nothing twice, and direct enlargement at the chain's own factor 
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +17,8 @@ from coz.chain import StepSettings, Where, ask, look, plan_factors, restore, see
 from coz.checkpoint import file_digest
 from coz.data.photos import Photo
 from coz.errors import UserError
-from coz.image import Region, View, from_pil, read_photo, resize, start_state, to_pil
+from coz.image import Region, View, encode_png, from_pil, read_photo, resize, start_state, to_pil
+from coz.provenance import note_on
 from coz.store import StateStore, StoredState, fingerprint
 
 STATE_FORMAT = 1  # raised when the same settings would give other states
@@ -150,7 +150,7 @@ class Stages:
         if stored is None:
             image = self._start_image(read_photo(photo.path))
             meta = {"step": 0, "scale": 1.0, "made_by": made_by, "prompt": "", "raw_prompt": ""}
-            stored = self.store.put(key, _png(image), meta)
+            stored = self.store.put(key, self._png(image, key, meta), meta)
         return Lineage(photo, stored, stored, truth_px=plan.reference.square_px if plan.reference else None)
 
     def _start_image(self, photo: Image.Image) -> Tensor:
@@ -194,9 +194,19 @@ class Stages:
             have = self.store.get(key)
             if have is None:
                 meta = self._describe(lineage, view, outlook.step, prompts[index])
-                have = self.store.put(key, _png(images[index : index + 1]), meta)
+                have = self.store.put(key, self._png(images[index : index + 1], key, meta), meta)
             states.append(have)
         return states
+
+    def _png(self, image: Tensor, key: str, meta: Mapping[str, object]) -> bytes:
+        note = note_on(
+            backbone=self.settings.backbone.fingerprint,
+            prompter=self.settings.prompter.fingerprint,
+            scale=float(meta["scale"]),  # type: ignore[arg-type]
+            fingerprint=key,
+            prompt=str(meta["prompt"]),
+        )
+        return encode_png(to_pil(image)[0], note=note, compress_level=2)
 
     def _describe(self, lineage: Lineage, view: View, step: int, prompt: str) -> dict[str, object]:
         return {
@@ -223,12 +233,6 @@ def step_of(lineage: Lineage) -> int:
 
 def _states(batch: Sequence[Lineage]) -> Tensor:
     return torch.cat([_read_state(lineage.state) for lineage in batch])
-
-
-def _png(image: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    to_pil(image)[0].save(buffer, "PNG", compress_level=2)
-    return buffer.getvalue()
 
 
 def _read_state(state: StoredState) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
 
+from coz.image import encode_png
 from coz.plots import draw_zoom
-from coz.store import write_atomic, write_json
+from coz.provenance import note_on_several
+from coz.store import fingerprint, write_atomic, write_json
 from coz.zooming import Zoom, ZoomState
 
 
@@ -23,7 +24,7 @@ def save_zoom(zoom: Zoom, folder: Path, *, film: bool, fps: int, seconds_per_ste
         save_state(state, folder)
     write_atomic(folder / "prompts.txt", "".join(f"{state.scale:g}x\t{state.prompt}\n" for state in zoom.states[1:]))
     write_json(folder / "zoom.json", {"settings": zoom.settings, "states": [describe(state) for state in zoom.states]})
-    write_atomic(folder / "strip.png", png(strip(zoom)))
+    write_atomic(folder / "strip.png", encode_png(strip(zoom), note=_strip_note(zoom)))
     if film:
         write_film(folder / "film.mp4", zoom.states, fps=fps, seconds_per_step=seconds_per_step)
     return folder
@@ -32,7 +33,7 @@ def save_zoom(zoom: Zoom, folder: Path, *, film: bool, fps: int, seconds_per_ste
 def save_state(state: ZoomState, folder: Path) -> Path:
     """Write one state as `<step>_<scale>x.png`."""
     path = folder / f"{state.step}_{state.scale:g}x.png"
-    write_atomic(path, png(state.image))
+    write_atomic(path, encode_png(state.image, note=state.note))
     return path
 
 
@@ -57,8 +58,12 @@ def strip(zoom: Zoom) -> Image.Image:
     return draw_zoom(zoom.photo, [(s.image, f"{s.scale:g}x", s.prompt) for s in steps], rects)
 
 
-def png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
+def _strip_note(zoom: Zoom) -> dict[str, str]:
+    steps = zoom.states[1:]
+    told = {name: sorted({state.note[name] for state in steps if name in state.note}) for name in ("Backbone", "Prompter")}
+    return note_on_several(
+        backbones=told["Backbone"],
+        prompters=told["Prompter"],
+        scales=[state.scale for state in steps],
+        fingerprint=fingerprint({"strip": [state.key for state in zoom.states]}),
+    )

@@ -8,8 +8,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,9 +20,10 @@ from coz.backbones.base import Backbone
 from coz.chain import FirstPair, StepSettings, check_seed, plan_factors, richest_corner, seed_of, take_step
 from coz.errors import UserError
 from coz.framing import Frame, Point, Rect, Window, between, frame_of, parse_rect
-from coz.image import Rounding, from_pil, read_photo, to_pil
+from coz.image import Rounding, encode_png, from_pil, read_photo, to_pil
 from coz.parts import Enlarge, build_parts
 from coz.prompters.base import Prompt, Prompter
+from coz.provenance import note_on
 from coz.store import StateStore, fingerprint
 
 STATE_FORMAT = 1  # raised when the same settings would give other states
@@ -43,6 +43,11 @@ class ZoomState:
     raw_prompt: str = ""
     window: Window | None = None  # what of the state before it shows, in that state's pixels
     key: str = ""
+
+    @property
+    def note(self) -> dict[str, str]:
+        """What the picture says of itself (see `provenance.note_on`); it travels in Pillow's `info`, which web pages keep."""
+        return {str(name): text for name, text in self.image.info.items() if isinstance(text, str)}
 
     def describe(self) -> str:
         """Where it is, in a line."""
@@ -247,7 +252,9 @@ class Zoomer:
         digest = hashlib.sha256(self.photo.tobytes()).hexdigest()
         made_by = {"format": STATE_FORMAT, "photo": digest, "photo_size": list(self.photo.size), "frame": _plain(frame)}
         image = to_pil(frame.cut(self.photo))[0]
-        return ZoomState(step=0, image=image, rect=frame.rect, scale=1.0, key=fingerprint(made_by))
+        key = fingerprint(made_by)
+        image.info.update(note_on(backbone={}, prompter={}, scale=1.0, fingerprint=key))
+        return ZoomState(step=0, image=image, rect=frame.rect, scale=1.0, key=key)
 
     def _step(self, state: ZoomState, step: int) -> ZoomState:
         x = from_pil(state.image)
@@ -272,12 +279,20 @@ class Zoomer:
             images, prompts = take_step(x, [window], step=step, seeds=[seed], settings=settings)  # type: ignore[list-item]
             return to_pil(images)[0], prompts[0]
 
-        image, prompt, raw = self._stored(key, compute, made_by) if self.store else _unpack(compute())
         rect = state.rect.inside(window, (state.image.height, state.image.width))
         scale = round(self.route.frame.rect.width / rect.width, 6)
+
+        def note(prompt: str) -> dict[str, str]:
+            models = {"backbone": settings.backbone.fingerprint, "prompter": settings.prompter.fingerprint}
+            return note_on(**models, scale=scale, fingerprint=key, prompt=prompt)
+
+        image, prompt, raw = self._stored(key, compute, made_by, note) if self.store else _unpack(compute())
+        image.info.update(note(prompt))
         return ZoomState(step, image, rect, scale, prompt, raw, window, key)
 
-    def _stored(self, key: str, compute: object, made_by: Mapping[str, object]) -> tuple[Image.Image, str, str]:
+    def _stored(
+        self, key: str, compute: object, made_by: Mapping[str, object], note: Callable[[str], Mapping[str, str]]
+    ) -> tuple[Image.Image, str, str]:
         store = self.store
         assert store is not None
         found = store.get(key)
@@ -286,9 +301,8 @@ class Zoomer:
                 found = store.get(key)  # another process may have made it meanwhile
                 if found is None:
                     image, prompt, raw = _unpack(compute())  # type: ignore[operator]
-                    buffer = io.BytesIO()
-                    image.save(buffer, "PNG", compress_level=4)
-                    found = store.put(key, buffer.getvalue(), {"prompt": prompt, "raw_prompt": raw, "made_by": made_by})
+                    data = encode_png(image, note=note(prompt))
+                    found = store.put(key, data, {"prompt": prompt, "raw_prompt": raw, "made_by": made_by})
         with Image.open(found.image_path) as file:
             return file.convert("RGB"), str(found.meta["prompt"]), str(found.meta["raw_prompt"])
 
