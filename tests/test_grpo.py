@@ -17,7 +17,8 @@ from transformers import TrainerControl, TrainerState
 from coz import cli, grpo_jobs
 from coz.errors import UserError
 from coz.models.random_vlm import random_vlm
-from coz.plots import draw_rewards, main, read_curves
+from coz.plots.__main__ import main
+from coz.plots.rewards import draw_rewards, read_curves
 from coz.training import grpo_memory
 from coz.training.bad_habits import BadHabits
 from coz.training.grpo_trainer import Answer, check_prompt_lengths, text_statistics
