@@ -281,3 +281,34 @@ def test_in_a_browser(outputs, page, width):
         assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
         assert errors == []
         browser.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GRPO runs
+
+
+def test_a_grpo_run_gets_its_curves_and_answers(outputs, tmp_path):
+    from coz.training.grpo_trainer import Answer
+    from coz.training.grpo_watch import page as completions_page
+
+    run = tmp_path / "tuned"
+    (run / "completions").mkdir(parents=True)
+    lines = [f"{step},validation,{name},{value}" for name in ("phrase", "total") for step, value in ((0, 0.25), (20, 0.75))]
+    (run / "rewards.csv").write_text("\n".join(["step,split,name,value", *lines]) + "\n")
+    for step, text, phrase in ((0, f"The first image {EVIL}", 0.0), (20, "fur", 1.0)):
+        answers = [Answer([Image.new("RGB", (8, 8))] * 2, text, {"phrase": phrase})]
+        html = completions_page(answers, step=step, weights=[1.0])
+        (run / "completions" / f"step_{step:06d}.html").write_text(html)
+    both = write_report([outputs / "evaluate" / "run", run], out=tmp_path / "both.html").read_text()
+    alone = write_report([run], out=tmp_path / "alone.html").read_text()
+    for text in (both, alone):
+        outline = Outline()
+        outline.feed(text)
+        assert not outline.open
+        assert "Phrase Exclusion Reward" in text
+        assert "tuned, step 20: 0.7500" in text
+        assert "The first image &lt;script&gt;" in text
+        assert EVIL not in text
+    assert 'id="tables"' in both
+    assert 'id="tables"' not in alone
+    assert "<h1>run, tuned</h1>" in both

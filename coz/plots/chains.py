@@ -92,11 +92,17 @@ def choose_methods(results: Results, asked: Sequence[str] | None) -> dict[str, s
     for word in asked or known:
         label, _, method = word.partition("=")
         if word in known:
-            method, label = word, _LABELS.get(word, word)
+            method, label = word, _label(word)
         if method not in known:
             raise UserError(f"no method {method or word} in these runs; they hold {', '.join(known)}")
         chosen[method] = label
     return chosen
+
+
+def _label(method: str) -> str:
+    """`coz_vlm[prompter.adapter=x]` → `CoZ (VLM) [prompter.adapter=x]`."""
+    base, bracket, rest = method.partition("[")
+    return _LABELS.get(base, base) + (f" [{rest}" if bracket else "")
 
 
 def choose_scales(results: Results, asked: Sequence[float] | None) -> list[float]:

@@ -1,4 +1,4 @@
-"""`python -m coz.report RUN…`: one page about some runs of evaluate.py."""
+"""`python -m coz.report RUN…`: one page about some runs of evaluate.py, and of train_grpo.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from coz.errors import UserError
 from coz.report.page import render
 from coz.report.pictures import Pictures
-from coz.report.reading import read_results
+from coz.report.reading import read_results, title_of
 from coz.store import write_atomic
 
 
@@ -28,7 +28,7 @@ def write_report(
     """Write the page about some runs. → the file.
 
     Args:
-        runs: folders of jobs or sweeps of `evaluate.py`.
+        runs: folders of jobs or sweeps of `evaluate.py`, and of runs of `train_grpo.py`.
         out: the HTML file.
         states: the state store; None looks above the runs.
         photos: strips of at most so many photographs.
@@ -47,16 +47,17 @@ def write_report(
         raise UserError(f"--picture-px {picture_px} must be at least 16")
     if states is not None and not states.is_dir():
         raise UserError(f"--states {states} is no folder; give the state store, such as outputs/states")
-    results = read_results(runs, states=states)
+    tuned = [run for run in runs if (run / "rewards.csv").is_file()]
+    results = read_results([run for run in runs if run not in tuned], states=states, title=title_of(runs))
     embedded = Pictures(results.states, limit=pictures, side_px=picture_px, quality=80, max_mb=max_mb)
-    write_atomic(out, render(results, embedded, photos=photos, ranked=ranked))
+    write_atomic(out, render(results, embedded, photos=photos, ranked=ranked, tuned=tuned))
     return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 and one sentence where the user can mend it."""
-    parser = argparse.ArgumentParser(prog="python -m coz.report", description="One HTML page about runs of evaluate.py.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that evaluate.py wrote, of a job or a sweep")
+    parser = argparse.ArgumentParser(prog="python -m coz.report", description="One HTML page about runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that evaluate.py (a job or a sweep) or train_grpo.py wrote")
     parser.add_argument("--out", type=Path, help="default: report.html in the first run")
     parser.add_argument("--states", type=Path, help="the state store; default: the folder `states` above the runs")
     parser.add_argument("--photos", type=int, default=6, help="strips of at most so many photographs (%(default)s)")

@@ -14,6 +14,7 @@ from coz.report.gallery import ranked_section, strips_section
 from coz.report.pictures import Pictures
 from coz.report.prompt_statistics import PromptStatistics, by_step
 from coz.report.reading import Chain, JobFiles, Results, paper_values
+from coz.report.tuning import tuning_section
 from coz.tables import Table, differences_table, method_order, results_table, summarise
 
 # Nothing may be fetched, whatever the page holds.
@@ -21,15 +22,25 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 _SECRET = re.compile(r"(?m)^(\s*[\w-]*(?:api_key|password|secret|access_token|_token):\s*)(?!null\b)\S.*$")
 
 
-def render(results: Results, pictures: Pictures, *, photos: int, ranked: int) -> str:
+def render(results: Results, pictures: Pictures, *, photos: int, ranked: int, tuned: Sequence[Path] = ()) -> str:
     """The page.
 
     Args:
         photos: strips of at most so many photographs.
         ranked: so many best and so many worst pictures by each metric.
+        tuned: runs of `train_grpo.py`, whose rewards are shown too.
     """
     methods = sorted({str(row["method"]) for row in results.found.rows}, key=method_order)
-    sections = [
+    sections = _sections(results, pictures, methods, photos=photos, ranked=ranked) if results.jobs else []
+    if tuned:
+        sections.append(("tuning", "Tuning of the prompt extractor", tuning_section(tuned)))
+    return _page(results, pictures, sections)
+
+
+def _sections(
+    results: Results, pictures: Pictures, methods: Sequence[str], *, photos: int, ranked: int
+) -> list[tuple[str, str, str]]:
+    return [
         ("tables", "Tables", _tables(results)),
         ("curves", "Curves over the scale", _curves(results, methods)),
         ("strips", "Zoom strips", strips_section(results, pictures, methods, limit=photos)),
@@ -39,6 +50,9 @@ def render(results: Results, pictures: Pictures, *, photos: int, ranked: int) ->
         ("times", "Run times", _times(results)),
         ("provenance", "Provenance", _provenance(results)),
     ]
+
+
+def _page(results: Results, pictures: Pictures, sections: Sequence[tuple[str, str, str]]) -> str:
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "".join(f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in sections)
     static = Path(__file__).parents[1] / "assets" / "report"
@@ -59,7 +73,7 @@ def _warnings(results: Results) -> str:
     texts = ["Detail at high magnifications is invented: plausible, not evidence."]
     if any(row["profile"] == "tiny" for row in results.found.rows):
         texts.insert(0, "Models with RANDOM weights made some of these results: they mean nothing.")
-    if results.states.root is None:
+    if results.jobs and results.states.root is None:
         texts.append("The state store was not found, so there are no pictures and no prompts; name it with --states.")
     return "".join(f'<p class="warning">{escape(text)}</p>' for text in texts)
 

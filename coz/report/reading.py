@@ -108,19 +108,24 @@ class Results:
         return {(str(row["method"]), float(row["scale"])): str(row["state"]) for row in mine}  # type: ignore[arg-type]
 
 
-def read_results(runs: Sequence[Path], *, states: Path | None = None) -> Results:
+def read_results(runs: Sequence[Path], *, states: Path | None = None, title: str | None = None) -> Results:
     """The results of runs: folders of jobs, or of sweeps with a folder per job.
 
     Args:
         states: the state store; None looks for a folder `states` above each run, where `evaluate.py` puts it.
+        title: of the report; None is the runs' names.
 
     Raises:
         NoResults: a folder without a finished job.
     """
     jobs = list(dict.fromkeys(job for run in runs for job in find_jobs(run)))
     root = states or next((found for job in jobs if (found := _states_above(job))), None)
-    title = ", ".join(run.resolve().name for run in runs)
-    return Results(title, tuple(map(_read_job, jobs)), gather(jobs), StateFolder(root))
+    return Results(title or title_of(runs), tuple(map(_read_job, jobs)), gather(jobs), StateFolder(root))
+
+
+def title_of(runs: Sequence[Path]) -> str:
+    """The runs' names."""
+    return ", ".join(run.resolve().name for run in runs)
 
 
 def find_jobs(run: Path) -> list[Path]:
