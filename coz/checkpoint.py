@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,6 +132,21 @@ def load_tensors(path: str | Path) -> Any:
         ) from error
     except Exception as error:  # safetensors and zip readers raise many kinds; all mean that the file is damaged
         raise WrongWeights(f"{path} cannot be read as a checkpoint ({error}); it may be cut off, fetch it again") from error
+
+
+def count_numbers(path: str | Path) -> int:
+    """How many numbers a safetensors file holds, by its header alone.
+
+    Raises:
+        WrongWeights: it is damaged or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise WrongWeights(f"{path} is no readable safetensors file ({error}); fetch it again") from error
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, what: str, ignore: Iterable[str] = ()) -> None:

@@ -170,7 +170,7 @@ def _smaller(config: DictConfig, has_gb: float) -> str:
     prompter_gb = _part_gb(config.get("prompter"))
     if not plans or prompter_gb > has_gb:
         return ""
-    return f"backbone.memory={plans[0]}gb" + (" prompter.offload=cpu" if OmegaConf.select(config, "prompter.offload") else "")
+    return f"memory={plans[0]}gb"
 
 
 def _part_gb(node: DictConfig | None) -> float:

@@ -26,6 +26,7 @@ from coz.evaluation import Failure, Lineage, Plan, Reference, plan_for
 from coz.measuring import Labels, measure, row_order
 from coz.metrics import Metric
 from coz.models.placement import pick_device
+from coz.parts import tell_memory
 from coz.prompters.base import Prompter
 from coz.store import write_json
 from coz.tables import Column, Refusal, Row
@@ -163,6 +164,7 @@ def build_parts(job: Job, photos: Sequence[Photo]) -> Parts:
         hint = "; `profile=embedded` runs at once with weights that come with pip" if config.profile.name == "paper" else ""
         raise WeightsNotFound("; ".join(dict.fromkeys(missing)) + hint)
     backbone, prompter = built
+    tell_memory(config.memory, {"backbone": backbone, "prompter": prompter}, batch=plan.batch_size)
     settings = StepSettings(
         backbone=backbone,  # type: ignore[arg-type]
         prompter=prompter,  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from coz.errors import UserError
 from coz.evaluation import Lineage, Plan, StateMaker
 from coz.image import View, from_pil, read_photo
 from coz.models.placement import pick_device
+from coz.parts import tell_memory
 from coz.store import StateStore, StoredState, write_json
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def build_parts(job: Job) -> Parts:
         start_rounding=config.protocol.start_rounding,
         batch_size=config.batch_size or (_GPU_BATCH if on_gpu else 1),
     )
+    tell_memory(config.memory, {"backbone": built[0], "prompter": built[1]}, batch=plan.batch_size)
     settings = StepSettings(
         backbone=built[0], prompter=built[1], rounding=config.protocol.rounding, first_pair=config.chain.first_pair
     )

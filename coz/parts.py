@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,10 @@ from torch import Tensor
 from coz.backbones.base import Backbone
 from coz.errors import UserError
 from coz.image import Size, as_size
+from coz.models.device_memory import describe_needs
 from coz.prompters.base import Prompter
+
+logger = logging.getLogger(__name__)
 
 Enlarge = Callable[[Tensor, tuple[int, int]], object]
 _HYDRA = threading.Lock()  # Hydra's state is global
@@ -97,6 +101,7 @@ def build_parts(
             built_backbone = _build_node(config, "backbone")
         if built_prompter is None:
             built_prompter = _build_node(config, "prompter")
+        tell_memory(config.memory, {"backbone": built_backbone, "prompter": built_prompter}, batch=1)
     return built_backbone, built_prompter
 
 
@@ -106,7 +111,29 @@ def parts_of(config: Any) -> tuple[Backbone, Prompter]:
     Raises:
         UserError: the profile lacks one, or its weights are not on this machine.
     """
-    return _build_node(config, "backbone"), _build_node(config, "prompter")
+    backbone, prompter = _build_node(config, "backbone"), _build_node(config, "prompter")
+    tell_memory(config.memory, {"backbone": backbone, "prompter": prompter}, batch=1)
+    return backbone, prompter
+
+
+def tell_memory(plan: Any, parts: Mapping[str, object], *, batch: int) -> None:
+    """Log what models that share a device need of it together, where that is worth a word (from 1 GB on).
+
+    Args:
+        plan: the node of conf/memory.
+        parts: by their names in the run; those without a `demand` are small nets.
+        batch: images at a time.
+
+    Raises:
+        NotEnoughMemory: a GPU is too small for the plan; names the smaller ones.
+    """
+    demands = {name: part.demand(batch=batch) for name, part in parts.items() if hasattr(part, "demand")}
+    if sum(demand.peak_gb for demand in demands.values()) < 1:
+        return
+    smaller = " or ".join(f"memory={name}" for name in plan.smaller)
+    remedy = f"use {smaller}" if smaller else "use precision=bf16, prompter.quantization=nf4, a smaller model or device=cpu"
+    for line in describe_needs(demands, plan=plan.name, together=plan.overlap, remedy=remedy):
+        logger.info("%s; it trades %s", line, plan.trades)
 
 
 def as_backbone(value: object) -> Backbone:

@@ -18,8 +18,10 @@ from coz.checkpoint import WrongWeights, file_digest, load_tensors, local_file
 from coz.errors import UserError
 from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
 from coz.models import latent_tiles, lora, sd2, sd2_lora, vae_tiles
+from coz.models.device_memory import Demand
 from coz.models.latent_codec import LatentCodec
 from coz.models.placement import Precision
+from coz.models.sd2_memory import demand_of
 
 # the UNet's adapters in osediff.pkl: how the file names the list of an adapter's layers, and the adapter
 _UNET_GROUPS = {
@@ -109,6 +111,11 @@ class OSEDiffSD21:
             "color_fix": self.color_fix,
             "merge_lora": self.merge_lora,
         }
+
+    def demand(self, *, batch: int) -> Demand:
+        """Memory for batches of 512 x 512, see `Demand`."""
+        parts = [(self.source, part) for part in ("unet", "vae", "text_encoder")]
+        return demand_of(parts, placement=self.placement, images=min(batch, self.vae_batch_size))
 
     def load(self) -> None:
         """Read the weights and put them on the device."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,10 +16,11 @@ from torch import Tensor
 from coz.checkpoint import file_digest
 from coz.errors import UserError
 from coz.image import ColorFix, Size, as_size, fix_color, resize
+from coz.models.device_memory import Demand
 from coz.models.placement import Precision, pick_device, pick_dtype
 from coz.models.sd3 import SD3OneStep
 from coz.models.sd3_adapters import random_sd3_adapters, read_sd3_adapters
-from coz.models.sd3_memory import PlanName, component_bytes, describe, plan_named
+from coz.models.sd3_memory import Offload, PlanName, component_bytes, describe, estimate_gb, plan_named
 from coz.models.sd3_sizes import SIZES
 from coz.models.sd3_source import FolderSource, RandomSource, SD3Source
 from coz.models.sd3_text import PromptEncoder
@@ -67,6 +69,8 @@ class OSEDiffSD3:
         posterior: `sample` draws from the VAE's posterior by the image's seed, as the release does unseeded; `mode` does not.
         text_encoder_3: whether to use T5; without it, its rows are zeros.
         memory: full, 24gb, 16gb, 12gb (see `coz.models.sd3_memory.PLANS`).
+        offload: `cpu` keeps transformer and VAE in main memory between calls, so that a vision-language model can have
+            the GPU meanwhile.
         drop_text_encoders: read the text encoders only when there is a new prompt and free them afterwards. Right where all
             prompts are empty; else each batch with a new prompt reads them from the disk again.
         compile: torch.compile for the transformer and the VAE: minutes at first, faster afterwards.
@@ -95,6 +99,7 @@ class OSEDiffSD3:
         posterior: Literal["sample", "mode"] = "sample",
         text_encoder_3: bool = True,
         memory: PlanName = "full",
+        offload: Offload = "none",
         drop_text_encoders: bool = False,
         compile: bool = False,
         color_fix: ColorFix = "none",
@@ -104,6 +109,8 @@ class OSEDiffSD3:
             raise UserError(f"color_fix={color_fix} is unknown; use wavelet, adain or none")
         if posterior not in ("sample", "mode"):
             raise UserError(f"posterior={posterior} is unknown; use sample or mode")
+        if offload not in ("none", "cpu"):
+            raise UserError(f"offload={offload} is unknown; use none or cpu")
         if weights == "random" and size not in SIZES:
             raise UserError(f"size={size} is unknown; use {', '.join(SIZES)}")
         self._device = pick_device(device)
@@ -112,7 +119,8 @@ class OSEDiffSD3:
         self._merge = precision != "released" if merge is None else merge
         if self._merge and self._formats.half_modulations:
             raise UserError("precision=released keeps the adapters beside the weights; use merge=false, or precision=fp32")
-        self._plan, self._memory = plan_named(memory), memory
+        self._plan, self._memory, self._offload = plan_named(memory), memory, offload
+        self._visits = offload == "cpu" and self._device.type != "cpu"
         self._posterior = posterior
         self._color_fix: ColorFix = color_fix
         self._text_encoder_3 = text_encoder_3
@@ -175,10 +183,12 @@ class OSEDiffSD3:
     def _image_model(self) -> SD3OneStep:
         if self._model is None:
             device, formats = self._device, self._formats
-            log.info("osediff_sd3: %s", describe(self._memory, self._sizes, device=device, drop_text=self._drop))
+            needs = describe(self._memory, self._sizes, device=device, drop_text=self._drop, offload=self._offload)
+            log.info("osediff_sd3: %s", needs)
+            home = torch.device("cpu") if self._visits else device
             model = SD3OneStep(
-                self._source.transformer(dtype=formats.transformer, device=device),
-                self._source.vae(dtype=formats.vae, device=device),
+                self._source.transformer(dtype=formats.transformer, device=home),
+                self._source.vae(dtype=formats.vae, device=home),
                 timestep=self._source.first_timestep(),
                 encode_shift=self._encode_shift,
                 # a CPU gains nothing from more than one image at a time in the VAE, and needs the memory for each
@@ -191,6 +201,25 @@ class OSEDiffSD3:
             self._model = model
         return self._model
 
+    @contextmanager
+    def _present(self) -> Iterator[SD3OneStep]:
+        """The image model, on the device for as long as it is needed."""
+        model = self._image_model()
+        if not self._visits:
+            yield model
+            return
+        model.to(self._device)
+        try:
+            yield model
+        finally:
+            model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def demand(self, *, batch: int) -> Demand:
+        """Memory for batches of 512 x 512, see `Demand`."""
+        rest_gb, peak_gb = estimate_gb(self._plan, self._sizes, batch=batch, drop_text=self._drop, offload=self._offload)
+        return Demand(self._device, rest_gb, peak_gb)
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings of texts: (B, 589, width) and pooled (B, width), each text encoded once as long as it is remembered."""
         return self._text(prompts)
@@ -202,12 +231,14 @@ class OSEDiffSD3:
     @torch.no_grad()
     def encode_image(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → latent (B, C, H/8, W/8); a sample of the posterior by `noise`, or its mode."""
-        return self._image_model().encode_image(x, noise)
+        with self._present() as model:
+            return model.encode_image(x, noise)
 
     @torch.no_grad()
     def restore(self, x: Tensor, *, prompt_embeds: Tensor, pooled_embeds: Tensor, noise: Tensor | None = None) -> Tensor:
         """The network alone: (B, 3, H, W) in [-1, 1], sides in multiples of 16 → same, on the device, not clamped."""
-        return self._image_model().restore(x, prompt_embeds=prompt_embeds, pooled_embeds=pooled_embeds, noise=noise)
+        with self._present() as model:
+            return model.restore(x, prompt_embeds=prompt_embeds, pooled_embeds=pooled_embeds, noise=noise)
 
     def __call__(
         self, lr: Tensor, *, size: Size, prompts: Sequence[str] | None = None, seeds: Sequence[int] | None = None

@@ -20,8 +20,10 @@ from coz.errors import UserError
 from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
 from coz.models import latent_tiles, sd2, sd2_lora, vae_tiles
 from coz.models.degradation_modulation import DegradationNet, Modulator
+from coz.models.device_memory import Demand
 from coz.models.latent_codec import LatentCodec
 from coz.models.placement import Precision
+from coz.models.sd2_memory import demand_of
 
 UPSCALE = 4
 PAD_MULTIPLE_PX = 64
@@ -127,6 +129,11 @@ class S3Diff:
             "precision": self.placement.fingerprint(),
             **{name: getattr(self, name) for name in settings},
         }
+
+    def demand(self, *, batch: int) -> Demand:
+        """Memory for batches of 512 x 512, see `Demand`."""
+        parts = [(self.source, part) for part in ("unet", "vae", "text_encoder")]
+        return demand_of(parts, placement=self.placement, images=min(batch, self.vae_batch_size))
 
     def load(self) -> None:
         """Read the weights and put them on the device."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from coz.errors import UserError
 from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
 from coz.models import latent_tiles, sd2, vae_tiles
+from coz.models.device_memory import Demand
 from coz.models.image_attention import (
     EMBEDDING_WIDTH,
     ConditionEmbedder,
@@ -26,6 +27,7 @@ from coz.models.image_attention import (
 )
 from coz.models.latent_codec import LatentCodec
 from coz.models.placement import Precision
+from coz.models.sd2_memory import demand_of
 
 UPSCALE = 4
 ADDED = "clean, high-resolution, 8k"
@@ -159,6 +161,13 @@ class SeeSR:
             "precision": self.placement.fingerprint(),
             **{name: getattr(self, name) for name in settings},
         }
+
+    def demand(self, *, batch: int) -> Demand:
+        """Memory for batches of 512 x 512, see `Demand`."""
+        parts = [(self.networks, "unet"), (self.networks, "controlnet"), (self.source, "vae"), (self.source, "text_encoder")]
+        own = demand_of(parts, placement=self.placement, images=min(batch, self.vae_batch_size))
+        tagger_gb = self.tagger.demand(batch=batch).rest_gb if hasattr(self.tagger, "demand") else 0.0
+        return Demand(own.device, own.rest_gb + tagger_gb, own.peak_gb + tagger_gb)
 
     def load(self) -> None:
         """Read the weights and put them on the device."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from coz.checkpoint import WeightsNotFound, WrongWeights, file_digest, hub_folder, load_tensors, local_file
 from coz.errors import UserError
 from coz.models import ram_network
+from coz.models.device_memory import GB, Demand
 from coz.models.placement import Precision, pick_device, pick_dtype
 
 RAM_FILE = "ram_swin_large_14m.pth"
@@ -94,6 +95,18 @@ class Tagger:
     def fingerprint(self) -> Mapping[str, object]:
         """JSON-able identity of everything that shapes the tags. Needs no weights in memory."""
         return self._identity
+
+    def demand(self, *, batch: int) -> Demand:
+        """Memory for a batch of pictures, see `Demand`. A released file holds float32, and a part that is left out here."""
+        if self._sizes is None:
+            numbers = self._file.stat().st_size / 4
+        else:
+            with torch.device("meta"):
+                numbers = sum(math.prod(tensor.shape) for tensor in ram_network.Ram(self._sizes).state_dict().values())
+        item = torch.empty((), dtype=self._dtype).element_size()
+        # the head's widest layer: for each tag a row of queries, its expansion and its attention
+        head = min(batch, BATCH_IMAGES) * len(self._tags) * 2 * 3072
+        return Demand(self._device, numbers * item / GB, (numbers + head) * item / GB)
 
     def load(self) -> None:
         """Read the weights now; called again, does nothing."""

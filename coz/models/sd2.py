@@ -35,7 +35,7 @@ LATENT_PX = 8
 LAST_TIMESTEP = 999
 """Where one-step models work and where SeeSR's start noise belongs."""
 
-_FILES = {
+FILES = {  # configuration first, then the weights
     "unet": ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"],
     "controlnet": ["controlnet/config.json", "controlnet/diffusion_pytorch_model.safetensors"],
     "vae": ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"],
@@ -139,7 +139,7 @@ class Weights:
         if weights == RANDOM:
             architecture(size)
             return cls(weights, None, tuple(parts), size, seed)
-        patterns = [pattern for part in parts for pattern in _FILES[part]]
+        patterns = [pattern for part in parts for pattern in FILES[part]]
         folder = hub_folder(weights, patterns=patterns, what=what, size_gb=size_gb)
         return cls(weights, folder, tuple(parts))
 
@@ -150,7 +150,7 @@ class Weights:
             return {"weights": RANDOM, "size": self.size, "seed": self.seed}
         if not Path(self.name).expanduser().is_dir():
             return f"{self.name.partition('@')[0]}@{self.folder.name}"  # a snapshot's folder is named by its commit
-        return folder_digest(self.folder, [pattern for part in self.parts for pattern in _FILES[part]])
+        return folder_digest(self.folder, [pattern for part in self.parts for pattern in FILES[part]])
 
     def config(self, part: str) -> Config:
         """The configuration of one part."""
@@ -162,7 +162,7 @@ class Weights:
     def state(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part of a folder."""
         assert self.folder is not None, "random weights have no files"
-        path = self.folder / _FILES[part][1]
+        path = self.folder / FILES[part][1]
         state = load_tensors(path)
         if not isinstance(state, dict):
             raise WrongWeights(f"{path} holds no tensors by name; use the checkpoint made for it")
@@ -172,7 +172,7 @@ class Weights:
         """Build one part and fill it: strictly from its file, or with seeded random weights."""
         config = self.config(part)
         if self.folder is None:
-            return build_random(lambda: build(config), seed=self.seed + list(_FILES).index(part))
+            return build_random(lambda: build(config), seed=self.seed + list(FILES).index(part))
         state = _modern_names(self.state(part)) if part != "text_encoder" else _plain_clip_names(self.state(part))
         return fill(lambda: build(config), state, what=f"{self.folder / part}")
 

@@ -70,6 +70,12 @@ class SD3OneStep:
         self._layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         vae.to(memory_format=self._layout)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move both networks."""
+        self.transformer.to(device)
+        self.vae.to(device)
+        self.device = torch.device(device)
+
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of images: (B, 3, H, W) in [-1, 1] → mean and log-variance, (B, C, H/8, W/8)."""
         means, logvars = [], []

@@ -10,15 +10,12 @@ from typing import Literal
 import torch
 
 from coz.errors import UserError
+from coz.models.device_memory import GB, NotEnoughMemory
 from coz.models.diffusers_folder import Shapes
 
 PlanName = Literal["full", "24gb", "16gb", "12gb"]
 TextPlacement = Literal["resident", "visit", "stream"]
-GB = 1e9
-
-
-class NotEnoughMemory(UserError):
-    """The GPU is smaller than what the chosen plan needs."""
+Offload = Literal["none", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -92,37 +89,49 @@ def component_bytes(shapes: Mapping[str, Shapes], *, dtypes: Mapping[str, torch.
 
 
 def estimate_gb(
-    plan: MemoryPlan, sizes: ComponentBytes, *, batch: int, pixels: int = 512 * 512, drop_text: bool = False
-) -> float:
-    """Peak device memory in GB (10^9 bytes): weights and the largest activations, without the driver's own share.
+    plan: MemoryPlan,
+    sizes: ComponentBytes,
+    *,
+    batch: int,
+    pixels: int = 512 * 512,
+    drop_text: bool = False,
+    offload: Offload = "none",
+) -> tuple[float, float]:
+    """Device memory in GB (10^9 bytes), without the driver's own share: (between calls, at the peak of a call).
 
     Args:
         drop_text: the text encoders are freed after use, and come one at a time.
+        offload: `cpu` where transformer and VAE leave the device between calls, and while text is encoded.
     """
     images = batch if plan.vae_batch is None else min(batch, plan.vae_batch)
     work = images * pixels * sizes.vae_pixel
     image_model = sizes.transformer + sizes.vae
+    staying = image_model if offload == "none" else 0
+    visiting = 0
     if plan.text == "resident" and not drop_text:
-        return (image_model + sum(sizes.text) + work) / GB
-    clips = sizes.text[:2]
-    t5 = sizes.text_layer if plan.text == "stream" else sum(sizes.text[2:])
-    return (image_model + max(*clips, t5, work)) / GB
+        staying += sum(sizes.text)
+    else:
+        visiting = max(*sizes.text[:2], sizes.text_layer if plan.text == "stream" else sum(sizes.text[2:]))
+    restoring = work + (image_model if offload == "cpu" else 0)
+    return staying / GB, (staying + max(visiting, restoring)) / GB
 
 
-def describe(name: str, sizes: ComponentBytes, *, device: torch.device, drop_text: bool = False) -> str:
+def describe(
+    name: str, sizes: ComponentBytes, *, device: torch.device, drop_text: bool = False, offload: Offload = "none"
+) -> str:
     """One line for the log: what the plan needs, what the GPU has, what the plan trades.
 
     Raises:
         NotEnoughMemory: the plan does not fit the GPU even with one image at a time; names the plans that do.
     """
     plan = plan_named(name)
-    need, more = (estimate_gb(plan, sizes, batch=batch, drop_text=drop_text) for batch in (1, 16))
+    need, more = (estimate_gb(plan, sizes, batch=batch, drop_text=drop_text, offload=offload)[1] for batch in (1, 16))
     line = f"memory={name} needs about {need:.1f} GB for one image of 512 x 512 ({more:.1f} GB for 16)"
     if device.type != "cuda":
         return f"{line} on {device.type}"
     has = torch.cuda.get_device_properties(device).total_memory / GB
     if need > has:
-        fitting = [other for other in PLANS if estimate_gb(PLANS[other], sizes, batch=1) < has]
+        fitting = [other for other in PLANS if estimate_gb(PLANS[other], sizes, batch=1)[1] < has]
         remedy = (
             f"use memory={fitting[0]}" if fitting else "no plan fits; use precision=bf16, text_encoder_3=false or device=cpu"
         )

@@ -17,11 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from coz.checkpoint import WrongWeights, folder_digest, hub_folder
+from coz.checkpoint import WrongWeights, count_numbers, folder_digest, hub_folder
 from coz.errors import UserError
 from coz.models.adapters import ADAPTER_FILES, adapter_folder, attach_adapter, check_merge
 from coz.models.chat import ChatRequest, check_choice
 from coz.models.decoding import RowChooser, Sampling, number_distribution
+from coz.models.device_memory import GB, Demand
 from coz.models.encoding import ChatProcessor, encode, number_tokens, without_special_tokens
 from coz.models.placement import Precision, pick_device, pick_dtype
 from coz.models.random_vlm import Size, random_vlm
@@ -149,16 +150,30 @@ class VisionLanguageModel:
             "max_image_px": self._max_image_px,
         }
 
+    def demand(self, *, batch: int) -> Demand:
+        """Memory for batches of questions about pairs of 512 x 512, see `Demand`; `batch_size` is the most at a time."""
+        weights_gb, request_gb = self._memory_gb
+        rest_gb = 0.0 if self.offload == "cpu" else weights_gb
+        return Demand(self.device, rest_gb, weights_gb + request_gb * min(batch, self.batch_size))
+
     @property
     def memory_gb(self) -> float:
         """About how much memory the model takes while it answers a full batch: weights, caches, activations.
 
         An estimate from the checkpoint's size; nothing is loaded. The share for a batch assumes pairs of 512² px pictures.
         """
-        parameters = _parameters(self._folder) if self._folder else {"full": 3.75e9, "tiny": 3e5}[self.size]
+        weights_gb, request_gb = self._memory_gb
+        return weights_gb + request_gb * self.batch_size
+
+    @functools.cached_property
+    def _memory_gb(self) -> tuple[float, float]:
+        """GB of the weights, and of one question's caches and activations."""
+        if self._folder:
+            parameters = sum(count_numbers(path) for path in self._folder.glob("*.safetensors"))
+        else:
+            parameters = {"full": 3_750_000_000, "tiny": 300_000}[self.size]
         weight_bytes = {"none": _BYTES[self.dtype], "int8": 1.1, "nf4": 0.65}[self.quantization]
-        per_request = 0.12e9 if self.size == "full" else 1e6
-        return (parameters * weight_bytes + per_request * self.batch_size) / 1e9
+        return parameters * weight_bytes / GB, (0.12e9 if self.size == "full" else 1e6) / GB
 
     def load(self) -> None:
         """Read the weights now; called again, does nothing."""
@@ -355,17 +370,6 @@ def _quantization_settings(quantization: Quantization, *, dtype: torch.dtype, de
     }[quantization]
     config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=list(_UNQUANTIZED))
     return {"quantization_config": config, "device_map": {"": device}}
-
-
-def _parameters(folder: Path) -> float:
-    from safetensors import safe_open
-
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
-                total += functools.reduce(lambda a, b: a * b, file.get_slice(name).get_shape(), 1)
-    return float(total)
 
 
 def _limit_pixels(processor: ChatProcessor, max_image_px: int) -> None:

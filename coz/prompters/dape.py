@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from coz.models.device_memory import Demand
 from coz.models.placement import Precision
 from coz.models.ram import Tagger
 
@@ -51,6 +52,10 @@ class Dape:
     @property
     def fingerprint(self) -> Mapping[str, object]:
         return self._tagger.fingerprint
+
+    def demand(self, *, batch: int) -> Demand:
+        """Memory of the tagger, see `Demand`."""
+        return self._tagger.demand(batch=batch)
 
     def load(self) -> None:
         self._tagger.load()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coz.models.chat import Context, Layout, chat_messages, chat_requests, check_choice, question_for
 from coz.models.decoding import Sampling
+from coz.models.device_memory import Demand
 from coz.models.placement import Precision
 from coz.models.random_vlm import Size
 from coz.models.vlm import Offload, Quantization, VisionLanguageModel
@@ -102,6 +103,10 @@ class VlmPrompter:
     def _identity(self) -> Mapping[str, object]:
         asked = {"context": self._context, "layout": self._layout, "question": self._question}
         return {"name": "vlm", **self._model.fingerprint, **asked, "sampling": asdict(self._sampling)}
+
+    def demand(self, *, batch: int) -> Demand:
+        """Memory of the model, see `Demand`."""
+        return self._model.demand(batch=batch)
 
     def load(self) -> None:
         """Read the weights now; called again, does nothing. A call whose answers are all cached reads none."""
