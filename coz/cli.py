@@ -284,9 +284,17 @@ def _stand_in(draft: DictConfig, typed: Sequence[str]) -> tuple[str, str]:
     return asked_for, str(draft.profile.get("datasets", {}).get(asked_for, ""))
 
 
+def _searchpath() -> list[str]:
+    """`hydra.searchpath=[file://…]` of the command line, where a user's own configs lie; Hydra keeps it apart from the rest."""
+    if not HydraConfig.initialized():
+        return []
+    return [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath=")]
+
+
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     loader = GlobalHydra.instance().config_loader()
-    config = loader.load_configuration(config_name, list(overrides), run_mode=RunMode.RUN, from_shell=False)
+    overrides = [*_searchpath(), *overrides]
+    config = loader.load_configuration(config_name, overrides, run_mode=RunMode.RUN, from_shell=False)
     choices = config.hydra.runtime.choices
     OmegaConf.set_struct(config, False)
     config.choices = {group: choices[group] for group in choices if "/" not in group and not group.startswith("hydra")}
