@@ -33,5 +33,9 @@ test: $(VENV)/.test
 test-full: $(VENV)/.test
 	$(RUN) -m pytest -m "slow or not slow" -rs
 
+# The documentation as a site in site/; open site/index.html.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build *.egg-info
