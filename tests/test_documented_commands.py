@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +19,7 @@ import tomllib
 
 import hydra
 import pytest
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig
@@ -51,8 +53,18 @@ class Parsed(BaseException):
 
 @pytest.fixture(scope="module", autouse=True)
 def initialised():
+    """Hydra ready, each file of conf/ parsed once: parsing YAML is most of a composition's time."""
+    read, kept = FileConfigSource.load_config, {}
+
+    def load_config(self, config_path):
+        key = (self.path, config_path)
+        if key not in kept:
+            kept[key] = read(self, config_path)
+        return copy.deepcopy(kept[key])
+
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with pytest.MonkeyPatch.context() as patch, hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        patch.setattr(FileConfigSource, "load_config", load_config)
         yield
 
 
