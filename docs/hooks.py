@@ -60,5 +60,6 @@ def _groups() -> Iterator[str]:
 
 def _block(file: Path) -> str:
     """A file without what only Hydra needs."""
-    text = re.sub(r"(?ms)^hydra:\n(?:[ \t]+.*\n?|\n)*", "", file.read_text(encoding="utf-8"))
+    text = re.sub(r"(?m)^hydra:\n(?:[ \t]+.*\n?|\n)*", "", file.read_text(encoding="utf-8"))
+    text = re.sub(r"(?m)^ *- override hydra/.*\n", "", text)
     return f"```yaml\n{text.strip()}\n```"

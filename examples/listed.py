@@ -28,6 +28,8 @@ def list_csv(*, path: str | Path, limit: int | None = None) -> list[Photo]:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"line {number} of {listing} does not give file, x, y, credit ({error}); mend it") from error
         if not file.is_file():
-            raise UserError(f"line {number} of {listing} names {row['file']}, which is not there; paths are relative to the list")
+            raise UserError(
+                f"line {number} of {listing} names {row['file']}, which is not there; paths are relative to the list"
+            )
         photos.append(photo)
     return photos[:limit]

@@ -71,7 +71,16 @@ def initialised():
 def test_there_are_commands_of_each_kind():
     assert len(COMMANDS) > 80
     shown = " ".join(command.text for command in COMMANDS)
-    for word in [*set(CONFIGS) - {"coz.apps.cache_prompts"}, *PARSED, "coz.tables", "coz.metrics", "make demo", "torchrun", "benchmarks/", "pip install"]:
+    for word in [
+        *set(CONFIGS) - {"coz.apps.cache_prompts"},
+        *PARSED,
+        "coz.tables",
+        "coz.metrics",
+        "make demo",
+        "torchrun",
+        "benchmarks/",
+        "pip install",
+    ]:
         assert word in shown, f"the documentation never shows {word}"
 
 
@@ -242,8 +251,9 @@ def test_commands_are_found_wherever_they_stand(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "# A\n\nType `make demo`, or `CUDA_VISIBLE_DEVICES=1 python evaluate.py\n  scale=4`.\n\n"
-        "    make test   # all\n\n```bash\npip install x && python -m coz.doctor\npython evaluate.py \\\n    scale=4  # needs a GPU\n```\n"
-        "\n```text\nmake nothing\n```\n\n# B\n\nIt needs GPUs: `vllm serve m`. `scale=4` is no command, `make` is.\n"
+        "    make test   # all\n\n"
+        "```bash\npip install x && python -m coz.doctor\npython evaluate.py \\\n    scale=4  # needs a GPU\n```\n\n"
+        "```text\nmake nothing\n```\n\n# B\n\nIt needs GPUs: `vllm serve m`. `scale=4` is no command, `make` is.\n"
     )
     found = [(command.text, command.marked) for command in commands_of(page)]
     assert sorted(found) == sorted(
@@ -290,7 +300,15 @@ def test_a_readers_way_through_an_evaluation(tmp_path):
         ["-m", "coz.plots", "strips", run],
         ["-m", "coz.plots", "grid", run, "--scales", "16"],
         ["-m", "coz.doctor"],
-        ["-m", "coz.apps.zoom", "image=data/photos/cat.jpg", "scale=16", "at=0.31,0.36", "backbone=bicubic", f"outputs={tmp_path}"],
+        [
+            "-m",
+            "coz.apps.zoom",
+            "image=data/photos/cat.jpg",
+            "scale=16",
+            "at=0.31,0.36",
+            "backbone=bicubic",
+            f"outputs={tmp_path}",
+        ],
         ["-m", "coz.prepare", "method=coz_vlm", "list=true", f"outputs={tmp_path}"],
     ]
     for step in steps:

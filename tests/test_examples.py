@@ -38,7 +38,13 @@ def run(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("outputs")
     command = [sys.executable, "evaluate.py", "hydra.searchpath=[file://examples/conf]", "profile=embedded", "method=coz_null"]
     command += ["backbone=unsharp", "prompter=palette", "metrics=sharpness", "dataset=listed", "at=sample", "scale=16"]
-    command += ["dataset.limit=1", "backbone.amount=0.25", "chain.start_px=128", f"outputs={outputs}", "hydra.run.dir=${outputs}/run"]
+    command += [
+        "dataset.limit=1",
+        "backbone.amount=0.25",
+        "chain.start_px=128",
+        f"outputs={outputs}",
+        "hydra.run.dir=${outputs}/run",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -125,9 +131,20 @@ def test_the_list_is_read_and_its_mistakes_are_said(tmp_path):
 def test_the_critic_and_the_reward_train(tmp_path):
     pytest.importorskip("trl")
     command = [sys.executable, "train_grpo.py", "hydra.searchpath=[file://examples/conf]", "profile=tiny", "critic=color"]
-    command += ["+reward@reward.brevity=brevity", f"run_dir={tmp_path}/run", f"outputs={tmp_path}", "dataset.limit=4", "device=cpu"]
+    command += [
+        "+reward@reward.brevity=brevity",
+        f"run_dir={tmp_path}/run",
+        f"outputs={tmp_path}",
+        "dataset.limit=4",
+        "device=cpu",
+    ]
     command += ["grpo.habits.steps=2", "pairs.pairs_per_photo=4", "pairs.validation_pairs=2", "grpo.completions_per_step=8"]
-    command += ["grpo.args.max_steps=2", "grpo.args.save_steps=1", "grpo.args.eval_steps=2", "grpo.args.max_completion_length=6"]
+    command += [
+        "grpo.args.max_steps=2",
+        "grpo.args.save_steps=1",
+        "grpo.args.eval_steps=2",
+        "grpo.args.max_completion_length=6",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "brevity" in (tmp_path / "run" / "rewards.csv").read_text()

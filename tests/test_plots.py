@@ -1,4 +1,4 @@
-"""The paper's figures by command: sizes that follow from what is shown, colours where boxes must be, notes, one-sentence errors."""
+"""The paper's figures by command: sizes that follow from what is shown, boxes in place, notes, one-sentence errors."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def strips(given: argparse.Namespace) -> Path:
     photos = choose_photos(results, given.photos, limit=6)
     chains = {photo: chain for photo in photos if (chain := deepest_chain(results, photo, method)) is not None}
     if not chains:
-        raise UserError(f"{method} has no stored pictures of {', '.join(photos)}; run evaluate.py again, it makes what is missing")
+        raise UserError(
+            f"{method} has no stored pictures of {', '.join(photos)}; run evaluate.py again, it makes what is missing"
+        )
     have = sorted({shot.scale for chain in chains.values() for shot in chain.shots})
     scales = _checked_scales(given.scales, have)
     image = draw_zoom_rows(chains, scales=scales, cell_px=given.cell_px, credits=results.found.credits)

@@ -65,13 +65,17 @@ def read_completions(run: Path, step: int) -> list[Completion]:
     """
     file = run / "completions" / f"step_{step:06d}.html"
     if not file.is_file():
-        raise UserError(f"{run} kept no completions of step {step}; it has those of {', '.join(map(str, completion_steps(run)))}")
+        raise UserError(
+            f"{run} kept no completions of step {step}; it has those of {', '.join(map(str, completion_steps(run)))}"
+        )
     page = _Page()
     page.feed(file.read_text(encoding="utf-8"))
     try:
         return [page.completion(row) for row in page.rows]
     except (ValueError, IndexError) as error:
-        raise UserError(f"{file} is no page of completions ({error}); run train_grpo.py again, or choose another step") from error
+        raise UserError(
+            f"{file} is no page of completions ({error}); run train_grpo.py again, or choose another step"
+        ) from error
 
 
 class _Page(HTMLParser):

@@ -53,9 +53,9 @@ def draw_grid(
     draw = ImageDraw.Draw(canvas)
     for column, lines in enumerate(wrapped):
         left = GAP_PX + column * (cell_px + GAP_PX)
-        for number, line in enumerate(lines):
+        for number, words in enumerate(lines):
             at = (left + cell_px / 2, GAP_PX + number * LINE_PX)
-            draw.text(at, line, fill=INK, font=font(TEXT_PX + 1), anchor="ma")
+            draw.text(at, words, fill=INK, font=font(TEXT_PX + 1), anchor="ma")
     top = GAP_PX + head_px
     for photo in photos:
         for scale in scales:

@@ -83,9 +83,7 @@ def draw_strip(
                     canvas.paste(image.convert("RGB").resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS), (left, top))
             caption = f'{method}: "{cell.prompt}"' if cell is not None and cell.prompt else method
             for line, text in enumerate(textwrap.wrap(caption, 44)[:_CAPTION_LINES]):
-                draw.text(
-                    (left, top + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=INK if line == 0 else FAINT, font=font
-                )
+                draw.text((left, top + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=INK if line == 0 else FAINT, font=font)
     return canvas
 
 

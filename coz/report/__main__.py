@@ -57,7 +57,9 @@ def write_report(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 and one sentence where the user can mend it."""
     parser = argparse.ArgumentParser(prog="python -m coz.report", description="One HTML page about runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that evaluate.py (a job or a sweep) or train_grpo.py wrote")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders that evaluate.py (a job or a sweep) or train_grpo.py wrote"
+    )
     parser.add_argument("--out", type=Path, help="default: report.html in the first run")
     parser.add_argument("--states", type=Path, help="the state store; default: the folder `states` above the runs")
     parser.add_argument("--photos", type=int, default=6, help="strips of at most so many photographs (%(default)s)")

@@ -101,7 +101,8 @@ def _picture(example: Example, index: int, name: str) -> str:
     data = example.before.pictures[index]
     safe = data if data.startswith("data:image/jpeg;base64,") and '"' not in data and ")" not in data else ""
     style = f"background-image:url(&quot;{safe}&quot;)"
-    return f'<figure><div class="picture" role="img" aria-label="{name}" style="{style}"></div><figcaption>{name}</figcaption></figure>'
+    picture = f'<div class="picture" role="img" aria-label="{name}" style="{style}"></div>'
+    return f"<figure>{picture}<figcaption>{name}</figcaption></figure>"
 
 
 def _answer(completion: Completion, step: int) -> str:
