@@ -196,7 +196,11 @@ _DONE: set[tuple] = set()
 
 
 def resolve_and_bind(config_name: str, overrides: tuple[str, ...], sweep: bool) -> None:
-    if (config_name, overrides, sweep) in _DONE:
+    """Once for the same groups and keys: a path, a scale or a seed changes no part's settings."""
+    groups = cli._groups()
+    words = [word if word.partition("=")[0].split("@")[0] in groups else word.partition("=")[0] for word in overrides]
+    key = (config_name, tuple(sorted(words)), sweep)
+    if key in _DONE:
         return
     config = cli.resolve_overrides(list(overrides), config_name=config_name, sweep=sweep)
     if not sweep:
@@ -205,7 +209,7 @@ def resolve_and_bind(config_name: str, overrides: tuple[str, ...], sweep: bool) 
         signature = inspect.signature(hydra.utils.get_object(node._get_node("_target_")._value()))
         keys = {str(key): None for key in node if not str(key).startswith("_")}
         (signature.bind_partial if "_partial_" in node else signature.bind)(**keys), path
-    _DONE.add((config_name, overrides, sweep))
+    _DONE.add(key)
 
 
 def targets(node: object, path: str = "") -> list[tuple[str, DictConfig]]:
