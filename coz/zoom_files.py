@@ -55,7 +55,7 @@ def strip(zoom: Zoom) -> Image.Image:
     """The photograph with a frame around each state, then the states side by side with their prompts."""
     steps = zoom.states[1:]
     rects = [(s.rect.left, s.rect.top, s.rect.width, s.rect.height) for s in steps]
-    return draw_zoom(zoom.photo, [(s.image, f"{s.scale:g}x", s.prompt) for s in steps], rects)
+    return draw_zoom(zoom.photo, [(s.image, f"{s.scale:g}×", s.prompt) for s in steps], rects)
 
 
 def _strip_note(zoom: Zoom) -> dict[str, str]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from coz.image import Region, View
-from coz.plots.drawing import BACKGROUND, FAINT, INK, PALETTE
+from coz.plots.drawing import BACKGROUND, FAINT, INK, PALETTE, TEXT_PX, font, wrap
 
 _CELL_PX = 320
 _GAP_PX = 10
-_TEXT_PX = 15
 _CAPTION_LINES = 2
 
 
@@ -57,33 +55,33 @@ def draw_strip(
     credit: str = "",
 ) -> Image.Image:
     """The photograph with the places looked at, then a row of pictures per method, a column per scale."""
-    caption_px = _CAPTION_LINES * (_TEXT_PX + 3) + 6
+    caption_px = _CAPTION_LINES * (TEXT_PX + 3) + 6
     row_px, column_px = _CELL_PX + caption_px + _GAP_PX, _CELL_PX + _GAP_PX
-    head_px = 3 * _TEXT_PX + _GAP_PX
+    head_px = 3 * TEXT_PX + _GAP_PX
     width = _GAP_PX + column_px * (len(scales) + 1)
-    height = head_px + max(1, len(methods)) * row_px + _TEXT_PX
+    height = head_px + max(1, len(methods)) * row_px + TEXT_PX
     canvas = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    font, bold = ImageFont.load_default(_TEXT_PX), ImageFont.load_default(_TEXT_PX + 3)
+    plain, bold = font(), font(TEXT_PX + 3)
     draw.text((_GAP_PX, _GAP_PX), title, fill=INK, font=bold)
     canvas.paste(_photo(start, list(cells.values())), (_GAP_PX, head_px))
-    for line, text in enumerate(textwrap.wrap(credit, 44)[:3]):
-        draw.text((_GAP_PX, head_px + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=FAINT, font=font)
+    for line, text in enumerate(wrap(credit, _CELL_PX, lines=3)):
+        draw.text((_GAP_PX, head_px + _CELL_PX + 4 + line * (TEXT_PX + 3)), text, fill=FAINT, font=plain)
     for column, scale in enumerate(scales, start=1):
         left = _GAP_PX + column * column_px
-        draw.text((left, head_px - _TEXT_PX - 6), f"{scale:g}x", fill=INK, font=bold)
+        draw.text((left, head_px - TEXT_PX - 6), f"{scale:g}×", fill=INK, font=bold)
         for row, method in enumerate(methods):
             top = head_px + row * row_px
             cell = cells.get((method, scale))
             if cell is None:
                 draw.rectangle((left, top, left + _CELL_PX - 1, top + _CELL_PX - 1), outline=FAINT)
-                draw.text((left + 8, top + 8), "not computed", fill=FAINT, font=font)
+                draw.text((left + 8, top + 8), "not computed", fill=FAINT, font=plain)
             else:
                 with Image.open(cell.image) as image:
                     canvas.paste(image.convert("RGB").resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS), (left, top))
             caption = f'{method}: "{cell.prompt}"' if cell is not None and cell.prompt else method
-            for line, text in enumerate(textwrap.wrap(caption, 44)[:_CAPTION_LINES]):
-                draw.text((left, top + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=INK if line == 0 else FAINT, font=font)
+            for line, text in enumerate(wrap(caption, _CELL_PX, lines=_CAPTION_LINES)):
+                draw.text((left, top + _CELL_PX + 4 + line * (TEXT_PX + 3)), text, fill=INK if line == 0 else FAINT, font=plain)
     return canvas
 
 
@@ -114,8 +112,8 @@ def draw_zoom(
         pictures: (image, scale, prompt) of each step.
         rects: what of the photograph each shows, (left, top, width, height) as fractions.
     """
-    font, bold = ImageFont.load_default(_TEXT_PX), ImageFont.load_default(_TEXT_PX + 3)
-    head_px, caption_px = 2 * _TEXT_PX + 4, 3 * (_TEXT_PX + 3) + 6
+    plain, bold = font(), font(TEXT_PX + 3)
+    head_px, caption_px = 2 * TEXT_PX + 4, 3 * (TEXT_PX + 3) + 6
     widths = [max(80, round(_CELL_PX * image.width / image.height)) for image in [photo, *(picture[0] for picture in pictures)]]
     canvas = Image.new("RGB", (sum(widths) + _GAP_PX * (len(widths) + 1), head_px + _CELL_PX + caption_px), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -129,6 +127,6 @@ def draw_zoom(
         left_px += widths[index] + _GAP_PX
         draw.text((left_px, 8), scale, fill=PALETTE[index % len(PALETTE)], font=bold)
         canvas.paste(image.resize((width_px, _CELL_PX), Image.Resampling.LANCZOS), (left_px, head_px))
-        for line, text in enumerate(textwrap.wrap(prompt, max(10, width_px // 8))[:3]):
-            draw.text((left_px, head_px + _CELL_PX + 4 + line * (_TEXT_PX + 3)), text, fill=INK, font=font)
+        for line, text in enumerate(wrap(prompt, width_px, lines=3)):
+            draw.text((left_px, head_px + _CELL_PX + 4 + line * (TEXT_PX + 3)), text, fill=INK, font=plain)
     return canvas
