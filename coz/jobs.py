@@ -294,6 +294,7 @@ def setting_of(config: DictConfig) -> dict[str, str]:
         "profile": str(config.profile.name),
         "backbone": str(config.choices.backbone),
         "tuning": tuning,
+        "steps": f"{config.choices.backbone} in {config.backbone.steps} steps" if "steps" in config.backbone else "",
         "reference": ""
         if reference is None
         else f"photographs reduced {reference.reduce}× to a start of {reference.start_px} px",

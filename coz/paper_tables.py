@@ -232,7 +232,8 @@ def _notes(layout: Layout, runs: Runs, entries: Mapping[Key, Entry]) -> list[str
         notes.append(f"Settings: {', '.join(dict.fromkeys(typed))}.")
     backbones = sorted({str(row["backbone"]) for _, row in runs.rows})
     if backbones:
-        notes.append(f"Backbones: {', '.join(backbones)}.")
+        steps = sorted({record.setting["steps"] for record in runs.records if record.setting.get("steps")})
+        notes.append(f"Backbones: {', '.join(backbones)}{''.join(f'; {step}' for step in steps)}.")
     failed: dict[tuple[str, float, str], int] = {}
     for key, entry in entries.items():
         label = (key.method, key.scale, key.dataset)
