@@ -216,12 +216,12 @@ def _overlapped(store, photos, *, overlap, breaks=False):
     if breaks:
         backbone.broken = {0.0}
     plan = Plan(factors=[4.0, 4.0], start_px=START_PX)
-    done = []
-    settings = StepSettings(backbone=backbone, prompter=prompter)
-    store = StateStore(store)
-    maker = StateMaker(
-        store=store, settings=settings, plan=plan, overlap=overlap, on_done=lambda batch: done.extend(i.photo.name for i in batch)
-    )
+    settings, done = StepSettings(backbone=backbone, prompter=prompter), []
+
+    def note(batch):
+        done.extend(lineage.photo.name for lineage in batch)
+
+    maker = StateMaker(store=StateStore(store), settings=settings, plan=plan, overlap=overlap, on_done=note)
     return maker, maker.run(photos), prompter, backbone, done
 
 
