@@ -300,23 +300,38 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 # building
 
 
+_PARTS, _MODELS = 64, 4  # a sweep's job has a dozen small parts and two models; the models of the job before stay loaded
+
+
 def build(node: DictConfig) -> Any:
-    """Instantiate a config node as plain Python. Equal nodes give the same object: a sweep keeps its models loaded."""
+    """Instantiate a config node as plain Python. Equal nodes give the same object, over the jobs of a sweep."""
+    return _build(_text(node))
+
+
+def build_model(node: DictConfig) -> Any:
+    """`build` for what holds a network: a sweep keeps its last few models loaded, and lets older ones go."""
+    return _build_model(_text(node))
+
+
+def _text(node: DictConfig) -> str:
     try:
-        return _build(json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True))
+        return json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True)
     except MissingMandatoryValue as error:
         key = node._get_full_key(error.key)
         raise UserError(f"{key} is not set; give it on the command line, as in {key}=…") from error
 
 
-@functools.lru_cache(maxsize=8)
-def _build(node: str) -> Any:
+def _instantiate(node: str) -> Any:
     try:
         return hydra.utils.instantiate(json.loads(node), _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+
+
+_build = functools.lru_cache(maxsize=_PARTS)(_instantiate)
+_build_model = functools.lru_cache(maxsize=_MODELS)(_instantiate)
 
 
 def record_provenance(folder: Path, config: DictConfig) -> None:

@@ -22,7 +22,7 @@ from coz.errors import UserError
 from coz.paper_layouts import LAYOUTS, Key, Layout
 from coz.results import RECORD, ROWS, JobRecord
 from coz.store import write_atomic
-from coz.tables import Column, Row, Table, bootstrap_interval, read_rows
+from coz.tables import Column, Row, Table, bootstrap_interval, failed_images, read_rows
 
 FIGURES = Path(__file__).parent / "assets" / "paper"
 _STATISTICS: Mapping[str, Callable[[Sequence[float]], float]] = {
@@ -186,7 +186,7 @@ def paper_table(layout: Layout, runs: Runs) -> Table:
             body.append([*blank, "paper", "", *(_text(cell.paper) for cell in cells)])
             if any(cell.difference == cell.difference for cell in cells):
                 body.append([*blank, "ours − paper", "", *(_signed(cell.difference) for cell in cells)])
-    return Table([*header[: len(lines[0][0])], "", "n", *header[len(lines[0][0]) :]], body, _notes(layout, runs, entries))
+    return Table([*header[: len(lines[0][0])], "", "n", *header[len(lines[0][0]) :]], body, _notes(layout, runs))
 
 
 def _text(value: float) -> str:
@@ -225,7 +225,7 @@ def title_of(layout: Layout, runs: Runs) -> str:
     return f"{layout.caption}{' – ' if remarks else ''}{'; '.join(remarks)}"
 
 
-def _notes(layout: Layout, runs: Runs, entries: Mapping[Key, Entry]) -> list[str]:
+def _notes(layout: Layout, runs: Runs) -> list[str]:
     notes = [layout.remark] if layout.remark else []
     typed = [o for record in runs.records for o in record.overrides if o.lstrip("+").split("=")[0] not in layout.swept]
     if typed:
@@ -234,14 +234,12 @@ def _notes(layout: Layout, runs: Runs, entries: Mapping[Key, Entry]) -> list[str
     if backbones:
         steps = sorted({record.setting["steps"] for record in runs.records if record.setting.get("steps")})
         notes.append(f"Backbones: {', '.join(backbones)}{''.join(f'; {step}' for step in steps)}.")
-    failed: dict[tuple[str, float, str], int] = {}
-    for key, entry in entries.items():
-        label = (key.method, key.scale, key.dataset)
-        failed[label] = max(failed.get(label, 0), entry.failures)
-    for (method, scale, dataset), count in failed.items():
-        if count:
-            where = f"{method} at {scale:g}× on {dataset}"
-            notes.append(f"{where}: {count} photographs failed and count with the worst value of each metric.")
+    cells: dict[tuple[str, float, str], list[Row]] = {}
+    for dataset, row in runs.rows:
+        cells.setdefault((str(row["method"]), float(row["scale"]), dataset), []).append(row)  # type: ignore[arg-type]
+    for (method, scale, dataset), rows in cells.items():
+        if failed := failed_images(rows):
+            notes.append(f"{method} at {scale:g}× on {dataset}: {failed}.")
     skipped = sorted({record.setting["skipped"] for record in runs.records if record.setting.get("skipped")})
     notes += [f"Skipped, too small for the reference: {names}." for names in skipped]
     reasons: dict[str, list[str]] = {}

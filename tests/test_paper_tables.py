@@ -199,7 +199,7 @@ def test_failures_are_counted(sweep):
     record = JobRecord.read(sweep / "job_0")
     save_job(sweep / "job_4", record, [_row("i0", "nn", 4, 100.0, failure="broke")])
     text = publish_table("table1", job_folders(sweep), sweep)
-    assert "nn at 4× on div2k: 1 photographs failed" in text
+    assert "nn at 4× on div2k: 1 photograph failed and counts with the metric's worst value: i0." in text
 
 
 def test_table_3_and_6_have_their_own_layouts(tmp_path):
