@@ -373,8 +373,13 @@ class TabulateSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         with _said():
-            for dataset in _swept_datasets(config):
-                build(dataset)
+            datasets = dict(_swept_datasets(config))
+            for name, dataset in datasets.items():
+                try:
+                    build(dataset)
+                except UserError as error:
+                    others = ",".join(other for other in datasets if other != name)
+                    raise UserError(f"{error}{f'; or sweep without it: dataset={others}' if others else ''}") from error
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         from coz.results import publish_sweep
@@ -397,8 +402,8 @@ def _said() -> Iterator[None]:
         raise SystemExit(1) from error
 
 
-def _swept_datasets(config: DictConfig) -> Iterator[DictConfig]:
-    """The nodes of the data sets that a sweep names, but for those that its profile lacks."""
+def _swept_datasets(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """The data sets that a sweep names, but for those that its profile lacks, each with its node."""
     typed = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))}
     swept = str((config.hydra.sweeper.get("params") or {}).get("dataset", ""))
     if "dataset" in typed:
@@ -409,7 +414,7 @@ def _swept_datasets(config: DictConfig) -> Iterator[DictConfig]:
         overrides = [f"profile={profile}", f"dataset={name}", *kept]
         one = resolve_overrides(overrides, config_name=config.hydra.job.config_name, sweep=True)
         if f"lacks dataset={name}" not in one.lacking:
-            yield one.dataset
+            yield name, one.dataset
 
 
 def as_mapping(node: DictConfig | None) -> Mapping[str, DictConfig]:

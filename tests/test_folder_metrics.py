@@ -58,7 +58,14 @@ def test_the_command_writes_every_value(folders, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [([], "sr=FOLDER"), (["sr=a"], "gt=FOLDER"), (["hr=a"], "hr=a is no setting"), (["sr=a", "gt=b", "metrics=fid"], "fid")],
+    [
+        ([], "sr=FOLDER"),
+        (["sr=a"], "gt=FOLDER"),
+        (["hr=a"], "hr=a is no setting"),
+        (["sr=a", "gt=b", "metrics=fid"], "fid"),
+        (["sr=a", "gt=b", "workers=all"], "workers=all"),
+        (["sr=/no/a", "gt=b"], "sr=/no/a is no folder"),
+    ],
 )
 def test_a_mistake_gets_one_sentence(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
