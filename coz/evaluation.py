@@ -53,7 +53,10 @@ class _Left:
 
 
 class _Claimed(Exception):
-    """Another process computes these states."""
+    """Another process computes these states, or a batch under way here holds a lock that they share."""
+
+    def __init__(self, keys: list[str]) -> None:
+        self.keys = keys
 
 
 class StateMaker:
@@ -131,30 +134,41 @@ class StateMaker:
         left, pending, under_way = _Left(), deque(batches), deque[_Step]()
         most = 2 if self._overlap else 1
 
-        def enter(batch: Batch) -> None:
+        def fail(batch: Batch, error: Exception) -> None:
+            if isinstance(error, UserError):
+                raise error
+            logger.error("failed: %s", ", ".join(lineage.photo.name for lineage in batch), exc_info=error)
+            left.failed.append((batch, error))
+
+        def enter(batch: Batch) -> bool:
+            """False where the batch has to wait for the other one."""
             try:
                 if step := self._next(batch, asker, wait=wait):
                     under_way.append(step)
                 elif report:
                     self._on_done(batch)
-            except _Claimed:
+            except _Claimed as claimed:
+                stripes = self._store.stripes(claimed.keys)
+                if any(stripes & self._store.stripes(step.outlook.keys) for step in under_way):
+                    pending.appendleft(batch)
+                    return False
                 left.claimed.append(batch)
+            except Exception as error:  # noqa: BLE001 (a user's mistake is raised again, the rest is logged)
+                fail(batch, error)
+            return True
 
         with ThreadPoolExecutor(1, thread_name_prefix="prompter") as asker:
             try:
                 while pending or under_way:
-                    while pending and len(under_way) < most:
-                        enter(pending.popleft())
+                    while pending and len(under_way) < most and enter(pending.popleft()):
+                        pass
                     if not under_way:
                         continue
                     step = under_way.popleft()
                     try:
                         self._finish(step)
-                    except UserError:
-                        raise
-                    except Exception as error:
-                        logger.exception("failed: %s", ", ".join(lineage.photo.name for lineage in step.batch))
-                        left.failed.append((step.batch, error))
+                    except Exception as error:  # noqa: BLE001
+                        fail(step.batch, error)
                     else:
                         enter(step.batch)
             finally:
@@ -171,7 +185,7 @@ class StateMaker:
             if states is None:
                 with ExitStack() as claim:
                     if not claim.enter_context(self._store.claim(outlook.keys, wait=wait)):
-                        raise _Claimed
+                        raise _Claimed(outlook.keys)
                     states = self._stages.stored(outlook)  # another process may have finished meanwhile
                     if states is None:
                         return _Step(batch, outlook, self._ask(batch, outlook, asker), claim.pop_all())

@@ -235,11 +235,35 @@ def test_prompts_are_asked_for_while_the_backbone_works(tmp_path, photos):
     assert _bytes(tmp_path / "beside") == _bytes(tmp_path / "turns")
 
 
+def test_batches_that_share_a_lock_take_turns(tmp_path, photos):
+    class OneLock(StateStore):
+        def stripes(self, keys):
+            return {"00"}
+
+        def claim(self, keys, *, wait):
+            assert not wait  # nobody else is there to wait for
+            return super().claim(keys, wait=wait)
+
+    settings = StepSettings(backbone=Counting(), prompter=Telling(9))
+    plan = Plan(factors=[4.0, 4.0], start_px=START_PX)
+    lineages = StateMaker(store=OneLock(tmp_path / "states"), settings=settings, plan=plan).run(photos)
+    assert [lineage.photo.name for lineage in lineages] == ["a", "b", "c"]
+    assert settings.backbone.count == 3 * 2
+
+
 def test_a_failure_leaves_its_neighbours_alone(tmp_path, photos):
     Image.new("RGB", (70, 90)).save(photos[1].path)
     maker, rest, _, _, done = _overlapped(tmp_path / "beside", photos, overlap=True, breaks=True)
     assert [failure.photo for failure in maker.failures] == ["b"]
     assert [lineage.photo.name for lineage in rest] == sorted(done) == ["a", "c"]
+
+
+def test_a_damaged_state_is_a_failure_of_its_photograph(tmp_path, photos):
+    _, lineages = _run(tmp_path / "states", photos, Counting(), 4)
+    lineages[1].state.image_path.write_bytes(b"")
+    maker, rest = _run(tmp_path / "states", photos, Counting(), 16, batch_size=2)
+    assert [lineage.photo.name for lineage in rest] == ["a", "c"]
+    assert [failure.photo for failure in maker.failures] == ["b"]
 
 
 def test_a_mistake_or_an_interruption_ends_the_thread_and_frees_the_claims(tmp_path, photos):
