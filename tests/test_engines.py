@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from coz import metric_workers
 from coz.chain import StepSettings
 from coz.data.photos import list_photos
 from coz.engines.base import Work
@@ -132,6 +135,30 @@ def test_a_killed_metric_worker_costs_nothing_but_time(tmp_path, photos):
     rows = list(measure(outcome.lineages, [], [metric], LABELS))
     assert len(rows) == len(photos)
     assert not any(row["failure"] for row in rows)
+
+
+def test_an_interruption_cancels_what_was_to_be_measured(tmp_path, photos, monkeypatch):
+    futures = []
+
+    class Pool:
+        def submit(self, *work):
+            futures.append(Future())
+            return futures[-1]
+
+    monkeypatch.setattr(metric_workers, "_pool", lambda count: Pool())
+
+    class Interrupted(Brighter):
+        def __call__(self, lr, **options):
+            if futures:
+                raise KeyboardInterrupt
+            return super().__call__(lr, **options)
+
+    work = _work(tmp_path, photos, "interrupted")
+    settings = StepSettings(backbone=Interrupted(), prompter=Counter())
+    with pytest.raises(KeyboardInterrupt):
+        LocalEngine(metric_workers=1).run(dataclasses.replace(work, settings=settings))
+    assert futures
+    assert all(future.cancelled() for future in futures)
 
 
 def test_few_values_are_not_worth_a_process():

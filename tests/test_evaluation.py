@@ -174,12 +174,21 @@ def test_a_value_that_is_no_number_is_a_failure(tmp_path, photos):
     _, lineages = _run(tmp_path / "states", photos[:1], Counting(), 4)
 
     class Undefined(ConsistencyStep):
+        calls = 0
+
         def __call__(self, sample):
+            type(self).calls += 1
             return float("nan")
 
-    (row,) = measure(lineages, [], [Undefined()], LABELS)
-    assert row["value"] == Undefined.worst
-    assert "nan" in row["failure"]
+    class Refusing(ConsistencyStep):
+        def __call__(self, sample):
+            raise AssertionError("too small")
+
+    for metric, reason in ((Undefined(), "nan"), (Refusing(), "too small")):
+        (row,) = measure(lineages, [], [metric], LABELS)
+        assert row["value"] == metric.worst
+        assert reason in row["failure"]
+    assert Undefined.calls == 2  # a second try
 
 
 class Waiting(Counting):

@@ -35,8 +35,12 @@ class LocalEngine:
             on_done=workers.submit,
             overlap=self._overlap,
         )
-        lineages = maker.run(work.photos)
-        workers.wait()
+        try:
+            lineages = maker.run(work.photos)
+            workers.wait()
+        except BaseException:  # Ctrl-C included: nobody will ask for what has not been measured yet
+            workers.cancel()
+            raise
         if not lineages and maker.failures:
             raise UserError(f"none of the {len(work.photos)} photographs gave a state; the first: {maker.failures[0].reason}")
         return Outcome(lineages, maker.failures, maker.timing)
