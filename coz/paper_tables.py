@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import sys
 import zlib
@@ -234,6 +235,8 @@ def _notes(layout: Layout, runs: Runs) -> list[str]:
     if backbones:
         steps = sorted({record.setting["steps"] for record in runs.records if record.setting.get("steps")})
         notes.append(f"Backbones: {', '.join(backbones)}{''.join(f'; {step}' for step in steps)}.")
+    identities = [json.loads(text) for text in sorted({str(row["metric_identity"]) for _, row in runs.rows})]
+    notes += [f"Timed on {device}." for device in dict.fromkeys(i["device"] for i in identities if "device" in i)]
     cells: dict[tuple[str, float, str], list[Row]] = {}
     for dataset, row in runs.rows:
         cells.setdefault((str(row["method"]), float(row["scale"]), dataset), []).append(row)  # type: ignore[arg-type]

@@ -48,9 +48,9 @@ class Brighter:
         pass
 
     def __call__(self, lr, *, size, prompts=None, seeds=None):
-        time.sleep(self._seconds)
         if self._notes:
             (Path(self._notes) / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        time.sleep(self._seconds)
         if self._breaks_on and any(self._breaks_on in prompt for prompt in prompts):
             raise RuntimeError("the net broke")
         shift = [len(prompt) / 1000 for prompt in prompts]
@@ -79,12 +79,12 @@ def photos(tmp_path):
     return list_photos(path=tmp_path / "photos")
 
 
-def _work(tmp_path, photos, name, *, batch_size=2, **backbone):
+def _work(tmp_path, photos, name, *, batch_size=2, steps=2, **backbone):
     node = {"_target_": "tests.test_engines.Brighter", **backbone}
     return Work(
         photos=photos,
         states=tmp_path / name / "states",
-        plan=Plan(factors=[4.0, 4.0], start_px=START_PX, batch_size=batch_size),
+        plan=Plan(factors=[4.0] * steps, start_px=START_PX, batch_size=batch_size),
         settings=StepSettings(backbone=Brighter(**backbone), prompter=Counter()),
         metrics=[Niqe(), ConsistencyStep(), ConsistencyInput()],
         nodes={"backbone": node, "prompter": {"_target_": "tests.test_engines.Counter"}},
@@ -207,25 +207,25 @@ def test_ray_gives_the_same_bytes(tmp_path, photos, ray_engine):
 def test_ray_survives_a_killed_worker(tmp_path, photos, ray_engine):
     notes = tmp_path / "notes"
     notes.mkdir()
-    local = _work(tmp_path, photos, "local")
+    local = _work(tmp_path, photos, "local", steps=1)
     rows = _rows(local, LocalEngine(metric_workers=0).run(local))
-    work = _work(tmp_path, photos, "killed", batch_size=1, notes=str(notes), seconds=0.5)
-    killed = []
+    work = _work(tmp_path, photos, "killed", batch_size=1, steps=1, notes=str(notes), seconds=1.0)
+    killed, over = [], threading.Event()
 
     def strike():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not killed:
-            for note in notes.iterdir():
-                pid = int(note.name.split("-")[0])
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-                return
-            time.sleep(0.05)
+        """Kill the first worker that takes a note, while it works."""
+        while not over.wait(timeout=0.02) and not killed:
+            for note in list(notes.iterdir())[:1]:
+                killed.append(int(note.name.split("-")[0]))
+                os.kill(killed[0], signal.SIGKILL)
 
     thread = threading.Thread(target=strike)
     thread.start()
-    outcome = ray_engine.run(work)
-    thread.join()
+    try:
+        outcome = ray_engine.run(work)
+    finally:
+        over.set()
+        thread.join()
     assert killed
     assert [lineage.photo.name for lineage in outcome.lineages] == [photo.name for photo in photos]
     assert _rows(work, outcome) == rows

@@ -205,10 +205,12 @@ def test_failures_are_counted(sweep):
 def test_table_3_and_6_have_their_own_layouts(tmp_path):
     phases = {"seconds_sr": 2.0, "seconds_pe": 1.0}
     rows = [_row(i, m, 4, v, metric=p) for i in IMAGES for m in ("direct", "coz_vlm") for p, v in phases.items()]
+    rows = [{**row, "metric_identity": '{"device": "a fast GPU"}'} for row in rows]
     save_job(tmp_path / "time", JobRecord([], [], [], {}, SETTING), rows)
     text = publish_table("table3", [tmp_path / "time"], tmp_path)
     (line,) = [ln for ln in text.splitlines() if "| 4×" in ln and "| PE" in ln and "ours" in ln]
     assert line.count("1.0000") == 2
+    assert "Timed on a fast GPU." in text
     rows = [_row(image, "coz_null", 16, 0.9 + 0.01 * i, metric="overlap_cosine") for i, image in enumerate(IMAGES)]
     save_job(tmp_path / "cos", JobRecord([], [], [], {}, SETTING), rows)
     entries = entries_of(LAYOUTS["table6"], read_runs([tmp_path / "cos"]))
