@@ -215,7 +215,7 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     asked_for, stand_in = _stand_in(draft, inside)
     bound += [f"dataset='{stand_in}'"] if stand_in else []
     own = [o for o in own if o.split("=")[0] not in method.fixes and not (stand_in and o.startswith("dataset="))]
-    if sweep:
+    if sweep and inside:
         inside = _applicable(_compose(config_name, [*bound, *own, *rest]), inside)
     config = _compose(config_name, [*bound, *own, *rest, *inside])
     config.stands_for = asked_for if stand_in else ""
