@@ -228,7 +228,8 @@ def title_of(layout: Layout, runs: Runs) -> str:
 
 def _notes(layout: Layout, runs: Runs) -> list[str]:
     notes = [layout.remark] if layout.remark else []
-    typed = [o for record in runs.records for o in record.overrides if o.lstrip("+").split("=")[0] not in layout.swept]
+    typed = [o.lstrip("+") for record in runs.records for o in record.overrides]
+    typed = [o for o in typed if o.split("=")[0] not in layout.swept]
     if typed:
         notes.append(f"Settings: {', '.join(dict.fromkeys(typed))}.")
     backbones = sorted({str(row["backbone"]) for _, row in runs.rows})

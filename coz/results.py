@@ -113,7 +113,8 @@ def publish(folder: Path, jobs: Sequence[Path], *, states: Path, strips: int) ->
         print("\n" + "\n".join(texts))
     for name in found.tables:
         publish_paper_table(folder, jobs, name)
-    print(f"table: {folder / 'table.md'}")
+    for name in found.tables or ["table"]:
+        print(f"table: {folder / name}.md")
     if drawn:
         print(f"strips: {drawn[0]}" + (f" and {len(drawn) - 1} more beside it" if len(drawn) > 1 else ""))
     sys.stdout.flush()

@@ -58,7 +58,7 @@ def sweep(tmp_path):
         rows = [_row(image, method, 4, mean + noise[i] + 0.1 * i * number) for i, image in enumerate(IMAGES)]
         rows += [_row(image, method, 4, 30.0 + number, metric="consistency_step") for image in IMAGES]
         columns = [NIQE, Column("consistency_step", "cons. step (dB)", True)]
-        overrides = ["+experiment=table1", f"method={method}", "scale=4", "dataset.limit=8"]
+        overrides = ["+experiment=table1", f"method={method}", "scale=4", "++dataset.limit=8"]
         save_job(tmp_path / f"job_{number}", JobRecord(overrides, [], columns, {}, SETTING), rows)
     refusals = [Refusal("no VLM here", "coz_dape", 4.0), Refusal("no weights of MUSIQ", metric="musiq")]
     save_job(tmp_path / "job_3", JobRecord(["method=coz_dape"], refusals, [], {}, SETTING), [])
@@ -127,7 +127,7 @@ def test_what_is_not_the_papers_setting_is_said(sweep):
         "photographs of dataset=photos stand in for DIV2K",
         "untuned",
         "profile embedded",
-        "dataset.limit=8",
+        "Settings: dataset.limit=8.",
         "coz_dape at 4× on div2k: no VLM here",
         "musiq: no weights of MUSIQ",
         "DIV8K NIQE",
