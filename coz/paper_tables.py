@@ -124,7 +124,8 @@ def entries_of(layout: Layout, runs: Runs) -> dict[Key, Entry]:
     entries = {key: Entry(paper=figure) for key, figure in figures.items()}
     for key, rows in values.items():
         numbers = [float(row["value"]) for row in sorted(rows, key=lambda row: str(row["image"]))]  # type: ignore[arg-type]
-        low, high = _interval(numbers, key) if key.statistic == "mean" else (math.nan, math.nan)
+        # equal values of two methods get equal intervals
+        low, high = _interval(numbers, key._replace(method="")) if key.statistic == "mean" else (math.nan, math.nan)
         entries[key] = Entry(
             n=len(numbers),
             value=_STATISTICS[key.statistic](numbers),
@@ -173,33 +174,36 @@ def columns_of(layout: Layout, runs: Runs) -> list[Column]:
 def paper_table(layout: Layout, runs: Runs) -> Table:
     """The paper's layout; under each line of ours its 95 % intervals, the paper's figures and the differences."""
     entries = entries_of(layout, runs)
-    header, lines = layout.pivot(list(entries), columns_of(layout, runs))
+    columns = columns_of(layout, runs)
+    header, lines = layout.pivot(list(entries), columns)
+    digits = {column.name: column.digits for column in columns}
     body = []
     for labels, keys in lines:
         cells = [entries.get(key, Entry()) for key in keys]
+        places = [digits[str(key.metric)] for key in keys]
         counts = sorted({cell.n for cell in cells if cell.n})
         n = "/".join(map(str, counts)) or "–"
-        body.append([*labels, "ours", n, *(_marked(cell) for cell in cells)])
+        body.append([*labels, "ours", n, *map(_marked, cells, places)])
         blank = [""] * len(labels)
         if any(cell.low == cell.low for cell in cells):
             body.append([*blank, "95 %", "", *(_interval_text(cell) for cell in cells)])
         if any(cell.paper == cell.paper for cell in cells):
-            body.append([*blank, "paper", "", *(_text(cell.paper) for cell in cells)])
+            body.append([*blank, "paper", "", *(_text(cell.paper, place) for cell, place in zip(cells, places, strict=True))])
             if any(cell.difference == cell.difference for cell in cells):
-                body.append([*blank, "ours − paper", "", *(_signed(cell.difference) for cell in cells)])
+                body.append([*blank, "ours − paper", "", *map(_signed, cells, places)])
     return Table([*header[: len(lines[0][0])], "", "n", *header[len(lines[0][0]) :]], body, _notes(layout, runs))
 
 
-def _text(value: float) -> str:
-    return "–" if value != value else f"{value:.4f}"
+def _text(value: float, digits: int) -> str:
+    return "–" if value != value else f"{value:.{digits}f}"
 
 
-def _signed(value: float) -> str:
-    return "" if value != value else f"{value:+.4f}"
+def _signed(cell: Entry, digits: int) -> str:
+    return "" if cell.difference != cell.difference else f"{cell.difference:+.{digits}f}"
 
 
-def _marked(cell: Entry) -> str:
-    text = _text(cell.value)
+def _marked(cell: Entry, digits: int) -> str:
+    text = _text(cell.value, digits)
     return {1: f"**{text}**", 2: f"_{text}_"}.get(cell.rank, text)
 
 

@@ -32,6 +32,7 @@ class Column:
     name: str
     label: str
     higher_is_better: bool
+    digits: int = 4  # after the point, in a table of the paper
 
 
 @dataclass(frozen=True)
