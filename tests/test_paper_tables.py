@@ -6,6 +6,7 @@ import csv
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.stats import wilcoxon
 from coz.errors import UserError
 from coz.paper_layouts import LAYOUTS, Key
 from coz.paper_tables import entries_of, job_folders, main, paired_table, paper_table, publish_table, read_figures, read_runs
-from coz.results import JobRecord, save_job
+from coz.results import JobRecord, gather, save_job
 from coz.tables import Column, Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +202,19 @@ def test_failures_are_counted(sweep):
     save_job(sweep / "job_4", record, [_row("i0", "nn", 4, 100.0, failure="broke")])
     text = publish_table("table1", job_folders(sweep), sweep)
     assert "nn at 4× on div2k: 1 photograph failed and counts with the metric's worst value: i0." in text
+
+
+def test_a_data_set_that_nothing_ran_on_names_no_method(sweep):
+    """In strips and the general table, methods carry only what tells results apart."""
+    for number, dataset in enumerate(("div2k", "div2k", "div2k", "div8k")):
+        record = JobRecord.read(sweep / f"job_{number}")
+        rows = [row for _, row in read_runs([sweep / f"job_{number}"]).rows]
+        save_job(sweep / f"job_{number}", replace(record, overrides=[*record.overrides, f"dataset={dataset}"]), rows)
+    assert {row["method"] for row in gather(job_folders(sweep)).rows} == {"nn", "direct", "coz_vlm"}
+    again = JobRecord.read(sweep / "job_0")
+    other = replace(again, overrides=["method=nn", "scale=4", "dataset=ffhq"])
+    save_job(sweep / "job_4", other, [_row(image, "nn", 4, 1.0) for image in IMAGES])
+    assert "nn[dataset=ffhq]" in {row["method"] for row in gather(job_folders(sweep)).rows}
 
 
 def test_table_3_and_6_have_their_own_layouts(tmp_path):
