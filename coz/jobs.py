@@ -157,7 +157,7 @@ def build_parts(job: Job, photos: Sequence[Photo]) -> Parts:
     built, missing = [], []
     for node in (config.backbone, config.prompter):
         try:
-            built.append(cli.build(node))
+            built.append(cli.build_model(node))
         except WeightsNotFound as error:
             missing.append(str(error))
     if missing:
@@ -296,6 +296,7 @@ def setting_of(config: DictConfig) -> dict[str, str]:
         "profile": str(config.profile.name),
         "backbone": str(config.choices.backbone),
         "tuning": tuning,
+        "steps": f"{config.choices.backbone} in {config.backbone.steps} steps" if "steps" in config.backbone else "",
         "reference": ""
         if reference is None
         else f"photographs reduced {reference.reduce}× to a start of {reference.start_px} px",

@@ -69,7 +69,7 @@ def build_parts(job: Job) -> Parts:
     built, missing = [], []
     for node in (config.backbone, config.prompter):
         try:
-            built.append(cli.build(node))
+            built.append(cli.build_model(node))
         except WeightsNotFound as error:
             missing.append(str(error))
     if missing:

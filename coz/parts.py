@@ -170,7 +170,7 @@ def _build_node(config: Any, group: str) -> Any:
     if group == "prompter" and config.lacking:
         raise cli.NotHere(str(config.lacking))
     try:
-        return cli.build(config[group])
+        return cli.build_model(config[group])
     except WeightsNotFound as error:
         hint = "; `profile=embedded` runs at once with weights that come with pip"
         profile = config.profile.name
