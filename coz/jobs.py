@@ -164,7 +164,12 @@ def build_parts(job: Job, photos: Sequence[Photo]) -> Parts:
         hint = "; `profile=embedded` runs at once with weights that come with pip" if config.profile.name == "paper" else ""
         raise WeightsNotFound("; ".join(dict.fromkeys(missing)) + hint)
     backbone, prompter = built
-    tell_memory(config.memory, {"backbone": backbone, "prompter": prompter}, batch=plan.batch_size)
+    tell_memory(
+        config.memory,
+        {"backbone": backbone, "prompter": prompter},
+        batch=plan.batch_size,
+        together=bool(config.engine.get("overlap", True)),
+    )
     settings = StepSettings(
         backbone=backbone,  # type: ignore[arg-type]
         prompter=prompter,  # type: ignore[arg-type]

@@ -83,7 +83,9 @@ def build_parts(job: Job) -> Parts:
         start_rounding=config.protocol.start_rounding,
         batch_size=config.batch_size or (_GPU_BATCH if on_gpu else 1),
     )
-    tell_memory(config.memory, {"backbone": built[0], "prompter": built[1]}, batch=plan.batch_size)
+    tell_memory(
+        config.memory, {"backbone": built[0], "prompter": built[1]}, batch=plan.batch_size, together=config.memory.overlap
+    )
     settings = StepSettings(
         backbone=built[0], prompter=built[1], rounding=config.protocol.rounding, first_pair=config.chain.first_pair
     )
@@ -109,7 +111,13 @@ def make_states(job: Job, parts: Parts) -> list[Lineage]:
     total = len(parts.photos) * len(parts.plan.factors)
     with tqdm(total=total, desc="chains", unit="state", disable=None) as bar:
         for place in range(places):  # a photograph once per run of the maker: failures are known by its name
-            maker = StateMaker(store=parts.store, settings=parts.settings, plan=parts.plan, on_state=bar.update)
+            maker = StateMaker(
+                store=parts.store,
+                settings=parts.settings,
+                plan=parts.plan,
+                on_state=bar.update,
+                overlap=bool(job.config.memory.overlap),
+            )
             lineages += maker.run(parts.photos[place * per_place : (place + 1) * per_place])
     if not lineages:
         raise UserError(f"none of the {per_place} photographs gave a state; see the log in {job.folder}")
