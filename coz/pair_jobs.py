@@ -46,6 +46,7 @@ class Parts:
     plan: Plan
     photos: list[Photo]  # one entry per chain, each with its place
     store: StateStore
+    overlap: bool = True  # whether the GPU has room for prompter and backbone at work
 
 
 def open_job(config_name: str) -> Job:
@@ -94,7 +95,7 @@ def build_parts(job: Job) -> Parts:
         for place in range(config.places)
         for photo in photos  # type: ignore[attr-defined]
     ]
-    return Parts(settings, plan, chains, StateStore(Path(config.outputs) / "states"))
+    return Parts(settings, plan, chains, StateStore(Path(config.outputs) / "states"), overlap=bool(config.memory.overlap))
 
 
 def random_place(name: str, place: int, *, seed: int) -> tuple[float, float]:
@@ -116,7 +117,7 @@ def make_states(job: Job, parts: Parts) -> list[Lineage]:
                 settings=parts.settings,
                 plan=parts.plan,
                 on_state=bar.update,
-                overlap=bool(job.config.memory.overlap),
+                overlap=parts.overlap,
             )
             lineages += maker.run(parts.photos[place * per_place : (place + 1) * per_place])
     if not lineages:
