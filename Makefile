@@ -4,6 +4,9 @@ VENV ?= .venv
 # Wheels are not compiled to bytecode at install: Python does it for the modules that are imported.
 PIP = $(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check
 RUN = $(VENV)/bin/python
+# One thread each for as many test processes as there are JOBS: PyTorch's threads on tiny models cost more than they gain.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-full lint docs clean
 
@@ -27,11 +30,11 @@ demo: $(VENV)/.base
 test: $(VENV)/.test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest
+	$(PYTEST)
 
 # The slow ones as well, and what needs a GPU or real weights where they are there; each skip says what it misses.
 test-full: $(VENV)/.test
-	$(RUN) -m pytest -m "slow or not slow" -rs
+	$(PYTEST) -m "slow or not slow" -rs
 
 # The documentation as a site in site/; open site/index.html.
 docs: $(VENV)/.test

@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py whole --photos 6 [--backbone realesrgan]
     python benchmarks/evaluation.py metrics --pictures FOLDER [--workers 2]
-    python benchmarks/evaluation.py memory --count 20     # and again with 200
+    python benchmarks/evaluation.py memory --count 20 [--side-px 256]     # and again with 200
 
 The plain way is what scripts do: every scale of its own from the photograph on, one image at a time, metrics after all
 pictures, one by one in the same process by pyiqa. pyiqa's command-line tool itself would download NIQE's parameters, so its
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -80,12 +80,14 @@ def plain_evaluation(photos: list, backbone: object, folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def our_evaluation(photos: list, backbone: object, folder: Path, *, workers: int | None) -> float:
+def our_evaluation(photos: list, backbone: object, folder: Path, *, workers: int | None, start_px: int = 512) -> float:
     """Seconds for the same pictures and values, and two consistency metrics more."""
     began = time.perf_counter()
     metrics = [Niqe(), ConsistencyStep(), ConsistencyInput()]
     for scale in SCALES:
-        work = Work(photos, folder / "states", Plan(factors=plan_factors(scale)), settings_of(backbone), metrics, {})
+        work = Work(
+            photos, folder / "states", Plan(factors=plan_factors(scale), start_px=start_px), settings_of(backbone), metrics, {}
+        )
         outcome = LocalEngine(metric_workers=workers).run(work)
         labels = Labels("coz_null", scale, "photos", "b", "null", "embedded")
         list(measure(outcome.lineages, outcome.failures, metrics, labels))
@@ -127,18 +129,30 @@ def metrics(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, object]:
-    """The largest resident size of an evaluation of so many photographs."""
+    """The largest resident sizes during an evaluation of so many photographs: this process, and the largest beside it."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "photos").mkdir()
         generator = np.random.default_rng(0)
         for index in range(arguments.count):
-            pixels = generator.integers(0, 255, (512, 512, 3), dtype=np.uint8)
+            pixels = generator.integers(0, 255, (arguments.side_px, arguments.side_px, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "photos" / f"{index:04d}.png", compress_level=0)
         photos = list_photos(path=root / "photos")
-        seconds = our_evaluation(photos, backbone_of("bicubic"), root, workers=arguments.workers)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"photographs": arguments.count, "peak_mb": round(peak_mb), "pictures_per_s": len(photos) * len(SCALES) / seconds}
+        seconds = our_evaluation(photos, backbone_of("bicubic"), root, workers=arguments.workers, start_px=arguments.side_px)
+        beside = [_peak_mb(child.pid) for child in multiprocessing.active_children()]
+    peaks = {"peak_mb": round(_peak_mb(os.getpid())), "peak_mb_of_a_worker": round(max(beside, default=0))}
+    return {
+        "photographs": arguments.count,
+        "side_px": arguments.side_px,
+        **peaks,
+        "pictures_per_s": len(photos) * len(SCALES) / seconds,
+    }
+
+
+def _peak_mb(pid: int | None) -> float:
+    """Largest resident size of a living process so far (Linux)."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -149,6 +163,7 @@ def main() -> None:
     parser.add_argument("--pictures", default="outputs/states")
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--side-px", type=int, default=512, help="of memory's photographs and states")
     arguments = parser.parse_args()
     result = {"whole": whole, "metrics": metrics, "memory": memory}[arguments.what](arguments)
     print(json.dumps({"what": arguments.what, "threads": torch.get_num_threads(), **result}, indent=1))

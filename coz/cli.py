@@ -215,7 +215,7 @@ def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) ->
     asked_for, stand_in = _stand_in(draft, inside)
     bound += [f"dataset='{stand_in}'"] if stand_in else []
     own = [o for o in own if o.split("=")[0] not in method.fixes and not (stand_in and o.startswith("dataset="))]
-    if sweep:
+    if sweep and inside:
         inside = _applicable(_compose(config_name, [*bound, *own, *rest]), inside)
     config = _compose(config_name, [*bound, *own, *rest, *inside])
     config.stands_for = asked_for if stand_in else ""
@@ -308,23 +308,38 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 # building
 
 
+_PARTS, _MODELS = 64, 4  # a sweep's job has a dozen small parts and two models; the models of the job before stay loaded
+
+
 def build(node: DictConfig) -> Any:
-    """Instantiate a config node as plain Python. Equal nodes give the same object: a sweep keeps its models loaded."""
+    """Instantiate a config node as plain Python. Equal nodes give the same object, over the jobs of a sweep."""
+    return _build(_text(node))
+
+
+def build_model(node: DictConfig) -> Any:
+    """`build` for what holds a network: a sweep keeps its last few models loaded, and lets older ones go."""
+    return _build_model(_text(node))
+
+
+def _text(node: DictConfig) -> str:
     try:
-        return _build(json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True))
+        return json.dumps(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), sort_keys=True)
     except MissingMandatoryValue as error:
         key = node._get_full_key(error.key)
         raise UserError(f"{key} is not set; give it on the command line, as in {key}=…") from error
 
 
-@functools.lru_cache(maxsize=8)
-def _build(node: str) -> Any:
+def _instantiate(node: str) -> Any:
     try:
         return hydra.utils.instantiate(json.loads(node), _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+
+
+_build = functools.lru_cache(maxsize=_PARTS)(_instantiate)
+_build_model = functools.lru_cache(maxsize=_MODELS)(_instantiate)
 
 
 def record_provenance(folder: Path, config: DictConfig) -> None:
@@ -366,8 +381,13 @@ class TabulateSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         with _said():
-            for dataset in _swept_datasets(config):
-                build(dataset)
+            datasets = dict(_swept_datasets(config))
+            for name, dataset in datasets.items():
+                try:
+                    build(dataset)
+                except UserError as error:
+                    others = ",".join(other for other in datasets if other != name)
+                    raise UserError(f"{error}{f'; or sweep without it: dataset={others}' if others else ''}") from error
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         from coz.results import publish_sweep
@@ -390,8 +410,8 @@ def _said() -> Iterator[None]:
         raise SystemExit(1) from error
 
 
-def _swept_datasets(config: DictConfig) -> Iterator[DictConfig]:
-    """The nodes of the data sets that a sweep names, but for those that its profile lacks."""
+def _swept_datasets(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """The data sets that a sweep names, but for those that its profile lacks, each with its node."""
     typed = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))}
     swept = str((config.hydra.sweeper.get("params") or {}).get("dataset", ""))
     if "dataset" in typed:
@@ -402,7 +422,7 @@ def _swept_datasets(config: DictConfig) -> Iterator[DictConfig]:
         overrides = [f"profile={profile}", f"dataset={name}", *kept]
         one = resolve_overrides(overrides, config_name=config.hydra.job.config_name, sweep=True)
         if f"lacks dataset={name}" not in one.lacking:
-            yield one.dataset
+            yield name, one.dataset
 
 
 def as_mapping(node: DictConfig | None) -> Mapping[str, DictConfig]:

@@ -44,6 +44,9 @@ def pair_up(sr: Path, gt: Path) -> list[tuple[str, Path, Path]]:
     Raises:
         UserError: a folder that is none, or a picture without its truth.
     """
+    for key, folder in (("sr", sr), ("gt", gt)):
+        if not folder.is_dir():
+            raise UserError(f"{key}={folder} is no folder; give a folder of pictures")
     truths = {photo.name: photo.path for photo in list_photos(path=gt)}
     pictures = {photo.name: photo.path for photo in list_photos(path=sr)}
     alone = [name for name in pictures if name not in truths]
@@ -93,7 +96,7 @@ def _values(pair: tuple[str, Path, Path], metrics: Sequence[Metric]) -> list[flo
     for metric in metrics:
         try:
             values.append(_KEPT.setdefault(metric.name, metric)(sample))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, ArithmeticError, OSError) as error:
             print(f"{name}: {metric.name} failed: {error}", file=sys.stderr)
             values.append(math.nan)
     return values
@@ -120,11 +123,14 @@ def main(arguments: Iterable[str]) -> None:
         settings[key] = value
     if not {"sr", "gt"} <= settings.keys():
         raise UserError("write sr=FOLDER (the results) and gt=FOLDER (the truth), as in python -m coz.metrics sr=out gt=HR")
+    if not settings.get("workers", "0").isdigit():
+        raise UserError(f"workers={settings['workers']} must be a whole number; 0 works in this process")
+    workers = int(settings["workers"]) if "workers" in settings else None
     asked = settings.get("metrics")
     metrics, left_out = _build(asked.split(",") if asked else list(METRICS), required=asked is not None)
     pairs = pair_up(Path(settings["sr"]), Path(settings["gt"]))
-    cores = os.cpu_count() or 1
-    workers = int(settings["workers"]) if settings.get("workers", "").isdigit() else (cores if len(pairs) > 8 else 0)
+    if workers is None:
+        workers = (os.cpu_count() or 1) if len(pairs) > 8 else 0
     values = compare(pairs, metrics, workers=workers)
     if "out" in settings:
         buffer = io.StringIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -17,7 +18,7 @@ from coz.pyiqa_offline import without_downloads
 _ON_Y = {"test_y_channel": True, "color_space": "ycbcr", "crop_border": 0}  # pyiqa's default color space, yiq, gives others
 
 
-class _FullReference:
+class _FullReference(ABC):
     """Reads the output and its truth; they must be of one size."""
 
     name: str
@@ -33,9 +34,9 @@ class _FullReference:
             raise ValueError(f"{sample.image} has the shape {tuple(picture.shape[-2:])}, its truth {tuple(truth.shape[-2:])}")
         return self.compare(picture, truth)
 
+    @abstractmethod
     def compare(self, picture: Tensor, truth: Tensor) -> float:
         """The value of a (1, 3, H, W) against its truth."""
-        raise NotImplementedError
 
 
 class PsnrY(_FullReference):

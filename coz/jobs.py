@@ -157,14 +157,19 @@ def build_parts(job: Job, photos: Sequence[Photo]) -> Parts:
     built, missing = [], []
     for node in (config.backbone, config.prompter):
         try:
-            built.append(cli.build(node))
+            built.append(cli.build_model(node))
         except WeightsNotFound as error:
             missing.append(str(error))
     if missing:
         hint = "; `profile=embedded` runs at once with weights that come with pip" if config.profile.name == "paper" else ""
         raise WeightsNotFound("; ".join(dict.fromkeys(missing)) + hint)
     backbone, prompter = built
-    tell_memory(config.memory, {"backbone": backbone, "prompter": prompter}, batch=plan.batch_size)
+    tell_memory(
+        config.memory,
+        {"backbone": backbone, "prompter": prompter},
+        batch=plan.batch_size,
+        together=bool(config.engine.get("overlap", True)),
+    )
     settings = StepSettings(
         backbone=backbone,  # type: ignore[arg-type]
         prompter=prompter,  # type: ignore[arg-type]
@@ -296,6 +301,7 @@ def setting_of(config: DictConfig) -> dict[str, str]:
         "profile": str(config.profile.name),
         "backbone": str(config.choices.backbone),
         "tuning": tuning,
+        "steps": f"{config.choices.backbone} in {config.backbone.steps} steps" if "steps" in config.backbone else "",
         "reference": ""
         if reference is None
         else f"photographs reduced {reference.reduce}× to a start of {reference.start_px} px",

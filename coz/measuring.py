@@ -17,6 +17,8 @@ from coz.store import fingerprint, write_json
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
+# What libraries raise at a picture that their metric cannot judge; anything else is a fault of this program.
+_CANNOT_JUDGE = (RuntimeError, ValueError, ArithmeticError, LookupError, AssertionError, OSError)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def cached_value(lineage: Lineage, metric: Metric) -> tuple[float, str]:
         try:
             with _one_thread(getattr(metric, "parallel", False)):
                 value = metric(sample)
-        except (RuntimeError, ValueError, ArithmeticError, OSError) as error:  # a metric that cannot judge this picture
+        except _CANNOT_JUDGE as error:
             logger.warning("%s failed on %s", metric.name, lineage.photo.name, exc_info=True)
             reason = f"{metric.name}: {error}"
             continue

@@ -57,6 +57,12 @@ class MetricWorkers:
         while self._pending:
             self._finish(self._pending.popleft())
 
+    def cancel(self) -> None:
+        """Leave out what no process has begun."""
+        for future in self._pending:
+            future.cancel()
+        self._pending.clear()
+
     def _finish(self, future: Future[object]) -> None:
         try:
             future.result()

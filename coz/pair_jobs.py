@@ -46,6 +46,7 @@ class Parts:
     plan: Plan
     photos: list[Photo]  # one entry per chain, each with its place
     store: StateStore
+    overlap: bool = True  # whether the GPU has room for prompter and backbone at work
 
 
 def open_job(config_name: str) -> Job:
@@ -69,7 +70,7 @@ def build_parts(job: Job) -> Parts:
     built, missing = [], []
     for node in (config.backbone, config.prompter):
         try:
-            built.append(cli.build(node))
+            built.append(cli.build_model(node))
         except WeightsNotFound as error:
             missing.append(str(error))
     if missing:
@@ -83,7 +84,9 @@ def build_parts(job: Job) -> Parts:
         start_rounding=config.protocol.start_rounding,
         batch_size=config.batch_size or (_GPU_BATCH if on_gpu else 1),
     )
-    tell_memory(config.memory, {"backbone": built[0], "prompter": built[1]}, batch=plan.batch_size)
+    tell_memory(
+        config.memory, {"backbone": built[0], "prompter": built[1]}, batch=plan.batch_size, together=config.memory.overlap
+    )
     settings = StepSettings(
         backbone=built[0], prompter=built[1], rounding=config.protocol.rounding, first_pair=config.chain.first_pair
     )
@@ -92,7 +95,7 @@ def build_parts(job: Job) -> Parts:
         for place in range(config.places)
         for photo in photos  # type: ignore[attr-defined]
     ]
-    return Parts(settings, plan, chains, StateStore(Path(config.outputs) / "states"))
+    return Parts(settings, plan, chains, StateStore(Path(config.outputs) / "states"), overlap=bool(config.memory.overlap))
 
 
 def random_place(name: str, place: int, *, seed: int) -> tuple[float, float]:
@@ -109,7 +112,13 @@ def make_states(job: Job, parts: Parts) -> list[Lineage]:
     total = len(parts.photos) * len(parts.plan.factors)
     with tqdm(total=total, desc="chains", unit="state", disable=None) as bar:
         for place in range(places):  # a photograph once per run of the maker: failures are known by its name
-            maker = StateMaker(store=parts.store, settings=parts.settings, plan=parts.plan, on_state=bar.update)
+            maker = StateMaker(
+                store=parts.store,
+                settings=parts.settings,
+                plan=parts.plan,
+                on_state=bar.update,
+                overlap=parts.overlap,
+            )
             lineages += maker.run(parts.photos[place * per_place : (place + 1) * per_place])
     if not lineages:
         raise UserError(f"none of the {per_place} photographs gave a state; see the log in {job.folder}")

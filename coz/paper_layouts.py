@@ -23,7 +23,7 @@ Line = tuple[list[str], list[Key]]  # the labels of a row, and what stands in it
 _DATASETS = {"div2k": "DIV2K", "div8k": "DIV8K"}
 _QUALITY = (
     Column("niqe", "NIQE", False),
-    Column("musiq", "MUSIQ", True),
+    Column("musiq", "MUSIQ", True, digits=2),
     Column("maniqa-pipal", "MANIQA", True),
     Column("clipiqa", "CLIPIQA", True),
 )

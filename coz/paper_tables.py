@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import sys
 import zlib
@@ -22,7 +23,7 @@ from coz.errors import UserError
 from coz.paper_layouts import LAYOUTS, Key, Layout
 from coz.results import RECORD, ROWS, JobRecord
 from coz.store import write_atomic
-from coz.tables import Column, Row, Table, bootstrap_interval, read_rows
+from coz.tables import Column, Row, Table, bootstrap_interval, failed_images, read_rows
 
 FIGURES = Path(__file__).parent / "assets" / "paper"
 _STATISTICS: Mapping[str, Callable[[Sequence[float]], float]] = {
@@ -123,7 +124,8 @@ def entries_of(layout: Layout, runs: Runs) -> dict[Key, Entry]:
     entries = {key: Entry(paper=figure) for key, figure in figures.items()}
     for key, rows in values.items():
         numbers = [float(row["value"]) for row in sorted(rows, key=lambda row: str(row["image"]))]  # type: ignore[arg-type]
-        low, high = _interval(numbers, key) if key.statistic == "mean" else (math.nan, math.nan)
+        # equal values of two methods get equal intervals
+        low, high = _interval(numbers, key._replace(method="")) if key.statistic == "mean" else (math.nan, math.nan)
         entries[key] = Entry(
             n=len(numbers),
             value=_STATISTICS[key.statistic](numbers),
@@ -172,33 +174,36 @@ def columns_of(layout: Layout, runs: Runs) -> list[Column]:
 def paper_table(layout: Layout, runs: Runs) -> Table:
     """The paper's layout; under each line of ours its 95 % intervals, the paper's figures and the differences."""
     entries = entries_of(layout, runs)
-    header, lines = layout.pivot(list(entries), columns_of(layout, runs))
+    columns = columns_of(layout, runs)
+    header, lines = layout.pivot(list(entries), columns)
+    digits = {column.name: column.digits for column in columns}
     body = []
     for labels, keys in lines:
         cells = [entries.get(key, Entry()) for key in keys]
+        places = [digits[str(key.metric)] for key in keys]
         counts = sorted({cell.n for cell in cells if cell.n})
         n = "/".join(map(str, counts)) or "–"
-        body.append([*labels, "ours", n, *(_marked(cell) for cell in cells)])
+        body.append([*labels, "ours", n, *map(_marked, cells, places)])
         blank = [""] * len(labels)
         if any(cell.low == cell.low for cell in cells):
             body.append([*blank, "95 %", "", *(_interval_text(cell) for cell in cells)])
         if any(cell.paper == cell.paper for cell in cells):
-            body.append([*blank, "paper", "", *(_text(cell.paper) for cell in cells)])
+            body.append([*blank, "paper", "", *(_text(cell.paper, place) for cell, place in zip(cells, places, strict=True))])
             if any(cell.difference == cell.difference for cell in cells):
-                body.append([*blank, "ours − paper", "", *(_signed(cell.difference) for cell in cells)])
-    return Table([*header[: len(lines[0][0])], "", "n", *header[len(lines[0][0]) :]], body, _notes(layout, runs, entries))
+                body.append([*blank, "ours − paper", "", *map(_signed, cells, places)])
+    return Table([*header[: len(lines[0][0])], "", "n", *header[len(lines[0][0]) :]], body, _notes(layout, runs))
 
 
-def _text(value: float) -> str:
-    return "–" if value != value else f"{value:.4f}"
+def _text(value: float, digits: int) -> str:
+    return "–" if value != value else f"{value:.{digits}f}"
 
 
-def _signed(value: float) -> str:
-    return "" if value != value else f"{value:+.4f}"
+def _signed(cell: Entry, digits: int) -> str:
+    return "" if cell.difference != cell.difference else f"{cell.difference:+.{digits}f}"
 
 
-def _marked(cell: Entry) -> str:
-    text = _text(cell.value)
+def _marked(cell: Entry, digits: int) -> str:
+    text = _text(cell.value, digits)
     return {1: f"**{text}**", 2: f"_{text}_"}.get(cell.rank, text)
 
 
@@ -225,22 +230,24 @@ def title_of(layout: Layout, runs: Runs) -> str:
     return f"{layout.caption}{' – ' if remarks else ''}{'; '.join(remarks)}"
 
 
-def _notes(layout: Layout, runs: Runs, entries: Mapping[Key, Entry]) -> list[str]:
+def _notes(layout: Layout, runs: Runs) -> list[str]:
     notes = [layout.remark] if layout.remark else []
-    typed = [o for record in runs.records for o in record.overrides if o.lstrip("+").split("=")[0] not in layout.swept]
+    typed = [o.lstrip("+") for record in runs.records for o in record.overrides]
+    typed = [o for o in typed if o.split("=")[0] not in layout.swept]
     if typed:
         notes.append(f"Settings: {', '.join(dict.fromkeys(typed))}.")
     backbones = sorted({str(row["backbone"]) for _, row in runs.rows})
     if backbones:
-        notes.append(f"Backbones: {', '.join(backbones)}.")
-    failed: dict[tuple[str, float, str], int] = {}
-    for key, entry in entries.items():
-        label = (key.method, key.scale, key.dataset)
-        failed[label] = max(failed.get(label, 0), entry.failures)
-    for (method, scale, dataset), count in failed.items():
-        if count:
-            where = f"{method} at {scale:g}× on {dataset}"
-            notes.append(f"{where}: {count} photographs failed and count with the worst value of each metric.")
+        steps = sorted({record.setting["steps"] for record in runs.records if record.setting.get("steps")})
+        notes.append(f"Backbones: {', '.join(backbones)}{''.join(f'; {step}' for step in steps)}.")
+    identities = [json.loads(text) for text in sorted({str(row["metric_identity"]) for _, row in runs.rows})]
+    notes += [f"Timed on {device}." for device in dict.fromkeys(i["device"] for i in identities if "device" in i)]
+    cells: dict[tuple[str, float, str], list[Row]] = {}
+    for dataset, row in runs.rows:
+        cells.setdefault((str(row["method"]), float(row["scale"]), dataset), []).append(row)  # type: ignore[arg-type]
+    for (method, scale, dataset), rows in cells.items():
+        if failed := failed_images(rows):
+            notes.append(f"{method} at {scale:g}× on {dataset}: {failed}.")
     skipped = sorted({record.setting["skipped"] for record in runs.records if record.setting.get("skipped")})
     notes += [f"Skipped, too small for the reference: {names}." for names in skipped]
     reasons: dict[str, list[str]] = {}

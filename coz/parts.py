@@ -116,13 +116,14 @@ def parts_of(config: Any) -> tuple[Backbone, Prompter]:
     return backbone, prompter
 
 
-def tell_memory(plan: Any, parts: Mapping[str, object], *, batch: int) -> None:
+def tell_memory(plan: Any, parts: Mapping[str, object], *, batch: int, together: bool = False) -> None:
     """Log what models that share a device need of it together, where that is worth a word (from 1 GB on).
 
     Args:
         plan: the node of conf/memory.
         parts: by their names in the run; those without a `demand` are small nets.
         batch: images at a time.
+        together: they work at the same time.
 
     Raises:
         NotEnoughMemory: a GPU is too small for the plan; names the smaller ones.
@@ -132,7 +133,7 @@ def tell_memory(plan: Any, parts: Mapping[str, object], *, batch: int) -> None:
         return
     smaller = " or ".join(f"memory={name}" for name in plan.smaller)
     remedy = f"use {smaller}" if smaller else "use precision=bf16, prompter.quantization=nf4, a smaller model or device=cpu"
-    for line in describe_needs(demands, plan=plan.name, together=plan.overlap, remedy=remedy):
+    for line in describe_needs(demands, plan=plan.name, together=together, remedy=remedy):
         logger.info("%s; it trades %s", line, plan.trades)
 
 
@@ -170,7 +171,7 @@ def _build_node(config: Any, group: str) -> Any:
     if group == "prompter" and config.lacking:
         raise cli.NotHere(str(config.lacking))
     try:
-        return cli.build(config[group])
+        return cli.build_model(config[group])
     except WeightsNotFound as error:
         hint = "; `profile=embedded` runs at once with weights that come with pip"
         profile = config.profile.name

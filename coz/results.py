@@ -70,7 +70,8 @@ class Gathered:
 def gather(jobs: Sequence[Path]) -> Gathered:
     """The results in some jobs' folders."""
     records = [JobRecord.read(job) for job in jobs]
-    variants = _variants([record.overrides for record in records])
+    ran = [record.overrides for record in records if record.columns]
+    variants = _variants([record.overrides for record in records], among=ran)
     rows: list[Row] = []
     for job, variant in zip(jobs, variants, strict=True):
         rows += [{**row, "method": _label(str(row["method"]), variant)} for row in read_rows(job / ROWS)]
@@ -114,7 +115,8 @@ def publish(folder: Path, jobs: Sequence[Path], *, states: Path, strips: int) ->
         print("\n" + "\n".join(texts))
     for name in found.tables:
         publish_paper_table(folder, jobs, name)
-    print(f"table: {folder / 'table.md'}")
+    for name in found.tables or ["table"]:
+        print(f"table: {folder / name}.md")
     if drawn:
         print(f"strips: {drawn[0]}" + (f" and {len(drawn) - 1} more beside it" if len(drawn) > 1 else ""))
     sys.stdout.flush()
@@ -134,9 +136,9 @@ def _label(method: str, variant: Sequence[str]) -> str:
     return f"{method}[{', '.join(extra)}]" if extra else method
 
 
-def _variants(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
-    """What tells each job of a sweep apart besides scale and method."""
-    shared = set.intersection(*map(set, overrides)) if overrides else set()
+def _variants(overrides: Sequence[Sequence[str]], *, among: Sequence[Sequence[str]]) -> list[list[str]]:
+    """What tells each job of a sweep apart, besides scale and method, among those that have results."""
+    shared = set.intersection(*map(set, among)) if among else set()
     told = ("scale", "method")
     return [
         [o.replace("'", "").removeprefix("++") for o in own if o not in shared and o.split("=")[0] not in told]

@@ -182,6 +182,10 @@ class StateStore:
                     raise
         return StoredState(folder, meta)
 
+    def stripes(self, keys: list[str]) -> set[str]:
+        """The locks that a claim of these keys takes: a few hundred serve any number of states."""
+        return {key[:2] for key in keys}
+
     @contextmanager
     def claim(self, keys: list[str], *, wait: bool) -> Iterator[bool]:
         """Hold the right to compute some states.
@@ -193,11 +197,9 @@ class StateStore:
         Yields:
             Whether the claim was had. The locks die with the process, so a kill frees them.
         """
-        # A few hundred lock files serve any number of states; sorted order keeps two claimants from waiting crosswise.
-        stripes = sorted({key[:2] for key in keys})
         with ExitStack() as stack, explain_write_errors(self.root):
             try:
-                for stripe in stripes:
+                for stripe in sorted(self.stripes(keys)):  # in this order two claimants never wait crosswise
                     lock = FileLock(self.root / ".locks" / f"{stripe}.lock", timeout=-1 if wait else 0)
                     stack.enter_context(lock)
             except Timeout:

@@ -22,6 +22,7 @@ ROW_FIELDS = [
 METHOD_ORDER = ["nn", "bicubic", "direct", "coz_null", "coz_tags", "coz_dape", "coz_vlm_single", "coz_vlm"]
 Row = Mapping[str, object]
 _NORMAL_FROM, _DRAWS_AT_ONCE = 10_000, 2_000_000
+_NAMED = 8  # of a long list, as many are written out
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Column:
     name: str
     label: str
     higher_is_better: bool
+    digits: int = 4  # after the point, in a table of the paper
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,16 @@ def summarise(rows: Iterable[Row]) -> dict[tuple[float, str, str], Cell]:
         failures = sum(bool(row["failure"]) for row in by_image.values())
         cells[key] = Cell(len(values), float(np.mean(values)), low, high, failures)
     return cells
+
+
+def failed_images(rows: Iterable[Row]) -> str:
+    """What a note says of the photographs that failed, by name; nothing if there are none. Rows have them all."""
+    names = sorted({str(row["image"]) for row in rows if row["failure"]})
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    counted = "photograph failed and counts" if len(names) == 1 else "photographs failed and count"
+    return f"{len(names)} {counted} with the metric's worst value: {', '.join(names[:_NAMED])}{more}"
 
 
 @dataclass(frozen=True)
@@ -223,9 +235,8 @@ def results_table(
         count = max((cell.n for cell in here if cell), default=0)
         texts = [_cell_text(cell, column, scale, cells) for cell, column in zip(here, columns, strict=True)]
         body.append([f"{scale:g}×", method, str(count) if count else "–", *texts])
-        failures = max((cell.failures for cell in here if cell), default=0)
-        if failures:
-            notes.append(f"{method} at {scale:g}×: {failures} failures counted with the worst value of each metric.")
+        if failed := failed_images(row for row in rows if (float(row["scale"]), row["method"]) == (scale, method)):  # type: ignore[arg-type]
+            notes.append(f"{method} at {scale:g}×: {failed}.")
     for refusal in refusals:
         subject = f"{refusal.method} at {refusal.scale:g}×" if refusal.method else refusal.metric
         notes.append(f"{subject} is empty: {refusal.reason}")

@@ -163,9 +163,22 @@ def test_an_experiment_sweeps_what_its_table_shows(file):
 
 
 def test_a_sweep_keeps_its_parts():
-    first = cli.build(_resolve("profile=embedded", "method=nn", "scale=4").backbone)
-    second = cli.build(_resolve("profile=embedded", "method=nn", "scale=16").backbone)
-    assert first is second
+    """Models stay loaded from job to job, however many metrics and other parts a job has besides; older ones are let go."""
+
+    def backbone(method, scale):
+        config = _resolve("profile=embedded", "metrics=default", f"method={method}", f"scale={scale}")
+        for part in (config.dataset, config.engine, config.task, *config.metrics.values()):
+            assert cli.build(part) is cli.build(part)
+        cli.build_model(config.prompter)
+        return cli.build_model(config.backbone)
+
+    first = backbone("nn", 4)
+    assert backbone("nn", 16) is first
+    assert backbone("coz_null", 4) is not first
+    cli.build_model(_resolve("profile=embedded", "method=coz_tags").prompter)
+    cli.build_model(_resolve("profile=embedded", "backbone=span", "method=coz_tags").backbone)
+    cli.build_model(_resolve("profile=embedded", "method=bicubic").backbone)
+    assert backbone("nn", 4) is not first
 
 
 @pytest.mark.parametrize(

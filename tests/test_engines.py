@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from coz import metric_workers
 from coz.chain import StepSettings
 from coz.data.photos import list_photos
 from coz.engines.base import Work
@@ -45,9 +48,9 @@ class Brighter:
         pass
 
     def __call__(self, lr, *, size, prompts=None, seeds=None):
-        time.sleep(self._seconds)
         if self._notes:
             (Path(self._notes) / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        time.sleep(self._seconds)
         if self._breaks_on and any(self._breaks_on in prompt for prompt in prompts):
             raise RuntimeError("the net broke")
         shift = [len(prompt) / 1000 for prompt in prompts]
@@ -76,12 +79,12 @@ def photos(tmp_path):
     return list_photos(path=tmp_path / "photos")
 
 
-def _work(tmp_path, photos, name, *, batch_size=2, **backbone):
+def _work(tmp_path, photos, name, *, batch_size=2, steps=2, **backbone):
     node = {"_target_": "tests.test_engines.Brighter", **backbone}
     return Work(
         photos=photos,
         states=tmp_path / name / "states",
-        plan=Plan(factors=[4.0, 4.0], start_px=START_PX, batch_size=batch_size),
+        plan=Plan(factors=[4.0] * steps, start_px=START_PX, batch_size=batch_size),
         settings=StepSettings(backbone=Brighter(**backbone), prompter=Counter()),
         metrics=[Niqe(), ConsistencyStep(), ConsistencyInput()],
         nodes={"backbone": node, "prompter": {"_target_": "tests.test_engines.Counter"}},
@@ -134,6 +137,30 @@ def test_a_killed_metric_worker_costs_nothing_but_time(tmp_path, photos):
     assert not any(row["failure"] for row in rows)
 
 
+def test_an_interruption_cancels_what_was_to_be_measured(tmp_path, photos, monkeypatch):
+    futures = []
+
+    class Pool:
+        def submit(self, *work):
+            futures.append(Future())
+            return futures[-1]
+
+    monkeypatch.setattr(metric_workers, "_pool", lambda count: Pool())
+
+    class Interrupted(Brighter):
+        def __call__(self, lr, **options):
+            if futures:
+                raise KeyboardInterrupt
+            return super().__call__(lr, **options)
+
+    work = _work(tmp_path, photos, "interrupted")
+    settings = StepSettings(backbone=Interrupted(), prompter=Counter())
+    with pytest.raises(KeyboardInterrupt):
+        LocalEngine(metric_workers=1).run(dataclasses.replace(work, settings=settings))
+    assert futures
+    assert all(future.cancelled() for future in futures)
+
+
 def test_few_values_are_not_worth_a_process():
     assert workers_for(None, 4) == 0
     assert workers_for(None, 4000) >= 1
@@ -180,25 +207,25 @@ def test_ray_gives_the_same_bytes(tmp_path, photos, ray_engine):
 def test_ray_survives_a_killed_worker(tmp_path, photos, ray_engine):
     notes = tmp_path / "notes"
     notes.mkdir()
-    local = _work(tmp_path, photos, "local")
+    local = _work(tmp_path, photos, "local", steps=1)
     rows = _rows(local, LocalEngine(metric_workers=0).run(local))
-    work = _work(tmp_path, photos, "killed", batch_size=1, notes=str(notes), seconds=0.5)
-    killed = []
+    work = _work(tmp_path, photos, "killed", batch_size=1, steps=1, notes=str(notes), seconds=1.0)
+    killed, over = [], threading.Event()
 
     def strike():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not killed:
-            for note in notes.iterdir():
-                pid = int(note.name.split("-")[0])
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-                return
-            time.sleep(0.05)
+        """Kill the first worker that takes a note, while it works."""
+        while not over.wait(timeout=0.02) and not killed:
+            for note in list(notes.iterdir())[:1]:
+                killed.append(int(note.name.split("-")[0]))
+                os.kill(killed[0], signal.SIGKILL)
 
     thread = threading.Thread(target=strike)
     thread.start()
-    outcome = ray_engine.run(work)
-    thread.join()
+    try:
+        outcome = ray_engine.run(work)
+    finally:
+        over.set()
+        thread.join()
     assert killed
     assert [lineage.photo.name for lineage in outcome.lineages] == [photo.name for photo in photos]
     assert _rows(work, outcome) == rows

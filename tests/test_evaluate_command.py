@@ -217,6 +217,7 @@ def test_an_absent_data_set_is_said_before_a_sweep_begins(tmp_path):
     sentence = _mistake("-m", "+experiment=table1", f"dataset.path={tmp_path}/div2k", f"outputs={tmp_path}/out")
     assert "dataset=div2k is not at" in sentence
     assert "coz.prepare dataset=div2k" in sentence
+    assert sentence.endswith("or sweep without it: dataset=div8k")
     assert not list((tmp_path / "out").glob("evaluate/*/job_0"))
 
 

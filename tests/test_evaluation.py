@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -172,12 +174,121 @@ def test_a_value_that_is_no_number_is_a_failure(tmp_path, photos):
     _, lineages = _run(tmp_path / "states", photos[:1], Counting(), 4)
 
     class Undefined(ConsistencyStep):
+        calls = 0
+
         def __call__(self, sample):
+            type(self).calls += 1
             return float("nan")
 
-    (row,) = measure(lineages, [], [Undefined()], LABELS)
-    assert row["value"] == Undefined.worst
-    assert "nan" in row["failure"]
+    class Refusing(ConsistencyStep):
+        def __call__(self, sample):
+            raise AssertionError("too small")
+
+    for metric, reason in ((Undefined(), "nan"), (Refusing(), "too small")):
+        (row,) = measure(lineages, [], [metric], LABELS)
+        assert row["value"] == metric.worst
+        assert reason in row["failure"]
+    assert Undefined.calls == 2  # a second try
+
+
+class Waiting(Counting):
+    """From its second picture on it works until the prompter has been asked for the next one, or too long."""
+
+    def __init__(self, prompter, pictures):
+        super().__init__()
+        self.prompter, self.pictures, self.alone = prompter, pictures, 0
+
+    def __call__(self, lr, **options):
+        done = super().__call__(lr, **options)
+        if 1 < self.count < self.pictures and not self.prompter.asked[self.count].wait(timeout=1):
+            self.alone += 1
+        return done
+
+
+class Telling(NullPrompter):
+    """Says when it is asked for its nth picture, and how bright that is."""
+
+    reads_images = True
+
+    def __init__(self, pictures):
+        self.asked, self.count = [threading.Event() for _ in range(pictures)], 0
+
+    def __call__(self, current, context, *, seeds=None):
+        self.asked[self.count].set()
+        self.count += 1
+        return [f"{float(image.mean()):.4f}" for image in current]
+
+
+def _overlapped(store, photos, *, overlap, breaks=False):
+    prompter = Telling(9)
+    backbone = Waiting(prompter, 2 * 2) if overlap else Counting()
+    if breaks:
+        backbone.broken = {0.0}
+    plan = Plan(factors=[4.0, 4.0], start_px=START_PX)
+    settings, done = StepSettings(backbone=backbone, prompter=prompter), []
+
+    def note(batch):
+        done.extend(lineage.photo.name for lineage in batch)
+
+    maker = StateMaker(store=StateStore(store), settings=settings, plan=plan, overlap=overlap, on_done=note)
+    return maker, maker.run(photos), prompter, backbone, done
+
+
+def test_prompts_are_asked_for_while_the_backbone_works(tmp_path, photos):
+    _, beside, prompter, backbone, done = _overlapped(tmp_path / "beside", photos[:2], overlap=True)
+    assert backbone.alone == 0
+    assert backbone.count == prompter.count == 2 * 2  # two photographs, two steps
+    assert done == ["a", "b"]
+    _, turns, *_ = _overlapped(tmp_path / "turns", photos[:2], overlap=False)
+    assert [lineage.state.key for lineage in beside] == [lineage.state.key for lineage in turns]
+    assert _bytes(tmp_path / "beside") == _bytes(tmp_path / "turns")
+
+
+def test_batches_that_share_a_lock_take_turns(tmp_path, photos):
+    class OneLock(StateStore):
+        def stripes(self, keys):
+            return {"00"}
+
+        def claim(self, keys, *, wait):
+            assert not wait  # nobody else is there to wait for
+            return super().claim(keys, wait=wait)
+
+    settings = StepSettings(backbone=Counting(), prompter=Telling(9))
+    plan = Plan(factors=[4.0, 4.0], start_px=START_PX)
+    lineages = StateMaker(store=OneLock(tmp_path / "states"), settings=settings, plan=plan).run(photos)
+    assert [lineage.photo.name for lineage in lineages] == ["a", "b", "c"]
+    assert settings.backbone.count == 3 * 2
+
+
+def test_a_failure_leaves_its_neighbours_alone(tmp_path, photos):
+    Image.new("RGB", (70, 90)).save(photos[1].path)
+    maker, rest, _, _, done = _overlapped(tmp_path / "beside", photos, overlap=True, breaks=True)
+    assert [failure.photo for failure in maker.failures] == ["b"]
+    assert [lineage.photo.name for lineage in rest] == sorted(done) == ["a", "c"]
+
+
+def test_a_damaged_state_is_a_failure_of_its_photograph(tmp_path, photos):
+    _, lineages = _run(tmp_path / "states", photos, Counting(), 4)
+    lineages[1].state.image_path.write_bytes(b"")
+    maker, rest = _run(tmp_path / "states", photos, Counting(), 16, batch_size=2)
+    assert [lineage.photo.name for lineage in rest] == ["a", "c"]
+    assert [failure.photo for failure in maker.failures] == ["b"]
+
+
+def test_a_mistake_or_an_interruption_ends_the_thread_and_frees_the_claims(tmp_path, photos):
+    class Interrupted(Counting):
+        def __call__(self, lr, **options):
+            if self.count == 4:
+                raise KeyboardInterrupt
+            return super().__call__(lr, **options)
+
+    settings = StepSettings(backbone=Interrupted(), prompter=Telling(9))
+    store, plan = StateStore(tmp_path / "states"), Plan(factors=[4.0, 4.0], start_px=START_PX)
+    with pytest.raises(KeyboardInterrupt):
+        StateMaker(store=store, settings=settings, plan=plan).run(photos)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prompter")]
+    with store.claim([f"{stripe:02x}" for stripe in range(256)], wait=False) as claimed:
+        assert claimed
 
 
 def test_direct_enlargement_needs_a_pixel():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from coz.checkpoint import WeightsNotFound
 from coz.errors import UserError
-from coz.folder_metrics import averages, compare, main, pair_up
+from coz.folder_metrics import METRICS, averages, compare, main, pair_up
 from coz.full_reference import PsnrY, SsimY
 
 
@@ -58,7 +58,14 @@ def test_the_command_writes_every_value(folders, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [([], "sr=FOLDER"), (["sr=a"], "gt=FOLDER"), (["hr=a"], "hr=a is no setting"), (["sr=a", "gt=b", "metrics=fid"], "fid")],
+    [
+        ([], "sr=FOLDER"),
+        (["sr=a"], "gt=FOLDER"),
+        (["hr=a"], "hr=a is no setting"),
+        (["sr=a", "gt=b", "metrics=fid"], "fid"),
+        (["sr=a", "gt=b", "workers=all"], "workers=all"),
+        (["sr=/no/a", "gt=b"], "sr=/no/a is no folder"),
+    ],
 )
 def test_a_mistake_gets_one_sentence(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -73,12 +80,15 @@ def test_a_metric_that_was_asked_for_is_not_left_out_in_silence(folders):
 
 
 @pytest.mark.slow
-def test_published_averages(parity, data_dir):
-    parity("realsr_metrics")
-    from coz.folder_metrics import METRICS
-
-    metrics = [METRICS[name]() for name in ("psnr", "ssim", "lpips", "niqe")]
+def test_published_values_and_averages(parity, data_dir):
+    published = list(csv.DictReader((parity("realsr_metrics") / "realsr_osediff.csv").open()))
+    names = ("psnr", "ssim", "lpips", "niqe")
     pairs = pair_up(data_dir / "realsr" / "sr_osediff", data_dir / "realsr" / "hr")
-    means = np.mean(compare(pairs, metrics, workers=2), axis=0)
-    assert means[:3] == pytest.approx([25.1511, 0.7341, 0.2921], abs=5e-5)
-    assert means[3] == pytest.approx(5.6476, abs=2e-4)
+    assert [path.name for _, path, _ in pairs] == [row["file"] for row in published]
+    values = np.array(compare(pairs, [METRICS[name]() for name in names], workers=2))
+    assert values.mean(axis=0)[:3] == pytest.approx([25.1511, 0.7341, 0.2921], abs=5e-5)
+    assert values.mean(axis=0)[3] == pytest.approx(5.6476, abs=2e-4)
+    theirs = np.array([[float(row[f"published_{name}"]) for name in names] for row in published])
+    apart = np.abs(values - theirs).max(axis=0)
+    print("largest differences:", dict(zip(names, apart.tolist(), strict=True)))
+    assert (apart < [1e-3, 1e-4, 5e-4, 0.05]).all(), apart

@@ -6,6 +6,7 @@ import csv
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.stats import wilcoxon
 from coz.errors import UserError
 from coz.paper_layouts import LAYOUTS, Key
 from coz.paper_tables import entries_of, job_folders, main, paired_table, paper_table, publish_table, read_figures, read_runs
-from coz.results import JobRecord, save_job
+from coz.results import JobRecord, gather, save_job
 from coz.tables import Column, Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +59,7 @@ def sweep(tmp_path):
         rows = [_row(image, method, 4, mean + noise[i] + 0.1 * i * number) for i, image in enumerate(IMAGES)]
         rows += [_row(image, method, 4, 30.0 + number, metric="consistency_step") for image in IMAGES]
         columns = [NIQE, Column("consistency_step", "cons. step (dB)", True)]
-        overrides = ["+experiment=table1", f"method={method}", "scale=4", "dataset.limit=8"]
+        overrides = ["+experiment=table1", f"method={method}", "scale=4", "++dataset.limit=8"]
         save_job(tmp_path / f"job_{number}", JobRecord(overrides, [], columns, {}, SETTING), rows)
     refusals = [Refusal("no VLM here", "coz_dape", 4.0), Refusal("no weights of MUSIQ", metric="musiq")]
     save_job(tmp_path / "job_3", JobRecord(["method=coz_dape"], refusals, [], {}, SETTING), [])
@@ -127,10 +128,11 @@ def test_what_is_not_the_papers_setting_is_said(sweep):
         "photographs of dataset=photos stand in for DIV2K",
         "untuned",
         "profile embedded",
-        "dataset.limit=8",
+        "Settings: dataset.limit=8.",
         "coz_dape at 4× on div2k: no VLM here",
         "musiq: no weights of MUSIQ",
         "DIV8K NIQE",
+        "| 67.10 ",  # MUSIQ in the paper's two digits
     ):
         assert part in text, part
     assert "DIV8K cons" not in text  # what the paper lacks has a column only where it was measured
@@ -199,16 +201,31 @@ def test_failures_are_counted(sweep):
     record = JobRecord.read(sweep / "job_0")
     save_job(sweep / "job_4", record, [_row("i0", "nn", 4, 100.0, failure="broke")])
     text = publish_table("table1", job_folders(sweep), sweep)
-    assert "nn at 4× on div2k: 1 photographs failed" in text
+    assert "nn at 4× on div2k: 1 photograph failed and counts with the metric's worst value: i0." in text
+
+
+def test_a_data_set_that_nothing_ran_on_names_no_method(sweep):
+    """In strips and the general table, methods carry only what tells results apart."""
+    for number, dataset in enumerate(("div2k", "div2k", "div2k", "div8k")):
+        record = JobRecord.read(sweep / f"job_{number}")
+        rows = [row for _, row in read_runs([sweep / f"job_{number}"]).rows]
+        save_job(sweep / f"job_{number}", replace(record, overrides=[*record.overrides, f"dataset={dataset}"]), rows)
+    assert {row["method"] for row in gather(job_folders(sweep)).rows} == {"nn", "direct", "coz_vlm"}
+    again = JobRecord.read(sweep / "job_0")
+    other = replace(again, overrides=["method=nn", "scale=4", "dataset=ffhq"])
+    save_job(sweep / "job_4", other, [_row(image, "nn", 4, 1.0) for image in IMAGES])
+    assert "nn[dataset=ffhq]" in {row["method"] for row in gather(job_folders(sweep)).rows}
 
 
 def test_table_3_and_6_have_their_own_layouts(tmp_path):
     phases = {"seconds_sr": 2.0, "seconds_pe": 1.0}
     rows = [_row(i, m, 4, v, metric=p) for i in IMAGES for m in ("direct", "coz_vlm") for p, v in phases.items()]
+    rows = [{**row, "metric_identity": '{"device": "a fast GPU"}'} for row in rows]
     save_job(tmp_path / "time", JobRecord([], [], [], {}, SETTING), rows)
     text = publish_table("table3", [tmp_path / "time"], tmp_path)
     (line,) = [ln for ln in text.splitlines() if "| 4×" in ln and "| PE" in ln and "ours" in ln]
     assert line.count("1.0000") == 2
+    assert "Timed on a fast GPU." in text
     rows = [_row(image, "coz_null", 16, 0.9 + 0.01 * i, metric="overlap_cosine") for i, image in enumerate(IMAGES)]
     save_job(tmp_path / "cos", JobRecord([], [], [], {}, SETTING), rows)
     entries = entries_of(LAYOUTS["table6"], read_runs([tmp_path / "cos"]))

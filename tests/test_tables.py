@@ -68,7 +68,7 @@ def test_the_best_of_a_scale_is_marked_and_empty_cells_are_named():
 
 def test_failures_are_counted_and_said():
     table = results_table([*ROWS, _row("i9", "nn", 4.0, 100.0, failure="broke")], [NIQE])
-    assert "nn at 4×: 1 failures" in table.markdown()
+    assert "nn at 4×: 1 photograph failed and counts with the metric's worst value: i9." in table.markdown()
 
 
 def test_paired_differences_use_the_pairing():

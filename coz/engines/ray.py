@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Recipe:
 # stages
 
 
-class _Stage:
+class _Stage(ABC):
     """A picklable callable over rows {"batch": Batch}; an actor keeps one."""
 
     def __init__(self, recipe: Recipe, step: int) -> None:
@@ -74,9 +75,9 @@ class _Stage:
         self.work(batch)
         return {"batch": batch}
 
+    @abstractmethod
     def work(self, batch: Batch) -> None:
         """Do this stage's part to a batch."""
-        raise NotImplementedError
 
     def _alone_or_together(self, batch: Batch, work: Callable[[list[Lineage]], Any]) -> list[Any]:
         """The results of a batch, or of its images one by one where the whole fails; one that fails again is out."""

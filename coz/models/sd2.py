@@ -201,6 +201,19 @@ class Weights:
         return alphas_cumprod(self.config("scheduler"))
 
 
+@dataclass(frozen=True)
+class Base:
+    """A base model of the family: how people call it, the size of its download, and the parts that are needed of it."""
+
+    what: str
+    size_gb: float
+    parts: tuple[str, ...] = BASE_PARTS
+
+    def find(self, weights: str, *, size: Size, seed: int) -> Weights:
+        """See `Weights.find`."""
+        return Weights.find(weights, parts=self.parts, what=self.what, size_gb=self.size_gb, size=size, seed=seed)
+
+
 def fill(build: Callable[[], nn.Module], state: Mapping[str, Tensor], *, what: str) -> nn.Module:
     """Build a module without allocating weights and give it `state`, strictly; frozen, in evaluation mode.
 

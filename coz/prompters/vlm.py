@@ -94,6 +94,11 @@ class VlmPrompter:
         """The model that is asked."""
         return self._model
 
+    @property
+    def beside_backbone(self) -> bool:
+        """Whether a call may run while the backbone works: not one that reads weights or moves them to its GPU."""
+        return self._model.loaded and self._model.offload == "none"
+
     @functools.cached_property
     def fingerprint(self) -> Mapping[str, object]:
         """Model, adapter, question, layout, sampling and cleaning."""
