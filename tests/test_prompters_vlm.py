@@ -48,6 +48,15 @@ def test_it_keeps_the_contract(states):
     assert all(prompt == prompt.raw for prompt in prompts)
 
 
+def test_it_runs_beside_the_backbone_once_its_weights_stay_where_they_are(states):
+    prompter, moving = VlmPrompter(**TINY), VlmPrompter(**TINY, offload="cpu")
+    assert not prompter.beside_backbone
+    for one in (prompter, moving):
+        one.load()
+    assert prompter.beside_backbone
+    assert not moving.beside_backbone
+
+
 def test_context_matters_for_pairs_alone(states):
     current, context = states
     pair, single = VlmPrompter(**TINY), VlmPrompter(**TINY, context="single")

@@ -21,7 +21,11 @@ class Prompt(str):
 
 @runtime_checkable
 class Prompter(Protocol):
-    """Says in words what a view shows. Construction is cheap, `load()` reads the weights (see `backbones.base`)."""
+    """Says in words what a view shows. Construction is cheap, `load()` reads the weights (see `backbones.base`).
+
+    Two attributes may be left out: `reads_images` (False: it looks at no picture), and `beside_backbone` (False: a call now
+    may not run in a thread while the backbone works, because it reads weights or moves them to the backbone's GPU).
+    """
 
     @property
     def fingerprint(self) -> Mapping[str, object]:
