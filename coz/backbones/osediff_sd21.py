@@ -20,6 +20,7 @@ from coz.image import ColorFix, Size, as_size, fix_color, quantize, resize
 from coz.models import latent_tiles, lora, sd2, sd2_lora, vae_tiles
 from coz.models.latent_codec import LatentCodec
 from coz.models.placement import Precision
+from coz.models.trained import read_note
 
 # the UNet's adapters in osediff.pkl: how the file names the list of an adapter's layers, and the adapter
 _UNET_GROUPS = {
@@ -35,8 +36,9 @@ class OSEDiffSD21:
     """One-step restoration at the target's size.
 
     Args:
-        weights: folder or hub id of Stable Diffusion 2.1-base, or "random".
-        checkpoint: the authors' `osediff.pkl`; None only with random weights.
+        weights: folder or hub id of Stable Diffusion 2.1-base, "random", or a folder that train_sr.py wrote, which names its
+            base and holds the checkpoint.
+        checkpoint: the authors' `osediff.pkl`; None only with random weights, or where `weights` holds it.
         size, seed: of random weights.
         device, precision: see `coz.models.placement`.
         latent_tile, latent_overlap: latents of a larger area than `latent_tile` squared are predicted in tiles, in latent px.
@@ -73,6 +75,10 @@ class OSEDiffSD21:
         vae_batch_size: int = 4,
         compile: bool = False,
     ) -> None:
+        note = read_note(weights, backbone="osediff_sd21")
+        if note is not None:
+            weights, size, seed = str(note["weights"]), note.get("size", size), int(note.get("seed", seed))
+            checkpoint = checkpoint or str(note["checkpoint"])
         latent_tiles.check_tiles(latent_tile, latent_overlap)
         vae_tiles.check_vae_tiles(vae_encoder_tile_px, vae_decoder_tile)
         sd2.check_choice("posterior", posterior, ["sample", "mode"])

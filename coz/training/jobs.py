@@ -83,7 +83,13 @@ def _validation(config: DictConfig, schedule: Schedule, trainee: Trainee, held: 
     settings = config.validation
     degradation = schedule.stages[-1].degradation if settings.degradation is None else cli.build(settings.degradation)
     size = int(settings.crop_px or schedule.crop_px)
-    crops = validation_crops(held, count=int(settings.crops), size_px=size, seed=int(settings.seed))
+    if schedule.shrink_to_px is not None and size > schedule.shrink_to_px:
+        raise UserError(
+            f"validation.crop_px={size} is more than training.shrink_to_px={schedule.shrink_to_px} leaves; lower it"
+        )
+    crops = validation_crops(
+        held, count=int(settings.crops), size_px=size, seed=int(settings.seed), shrink_to_px=schedule.shrink_to_px
+    )
     return Validation(
         names=[name for name, _ in crops],
         hr=[hr for _, hr in crops],

@@ -161,6 +161,7 @@ class Run:
             enlarged=self.trainee.enlarged,
             on_device=schedule.degrade_on == "device",
             remember=schedule.remember_photos,
+            shrink_to_px=schedule.shrink_to_px,
         )
         # every batch of every process, in turn; this process takes its own
         first = self.progress.step * per_step // schedule.batch_size + self.accelerator.process_index
