@@ -108,7 +108,7 @@ def make_run(folder: Path, photos: Path, *, limit_steps: int = 6, identity=None,
 
 
 def weights_of(run: Run) -> list[torch.Tensor]:
-    moments = [value for state in run.optimizer.state_dict()["state"].values() for value in state.values()]
+    moments = [value for state in run.stepping.state()["state"].values() for value in state.values()]
     return [*run.trainee.net.state_dict().values(), *run.average.state()["values"].values(), *moments]
 
 

@@ -20,6 +20,7 @@ from coz.training.checkpoints import Checkpoints
 from coz.training.journal import Sink, TensorboardSink, WandbSink
 from coz.training.loop import Run
 from coz.training.schedule import Schedule
+from coz.training.stepping import check_zero
 from coz.training.trainee import Trainee
 from coz.training.validation import Gain, Validation, paired_gain
 
@@ -40,6 +41,8 @@ def open_run(config: DictConfig) -> Run:
     schedule = cli.build(config.training)
     manifest = cli.build(config.data)
     accelerator = _accelerator(config)
+    if config.deepspeed is not None:
+        check_zero(Path(config.deepspeed))
     if config.get("base"):
         with accelerator.main_process_first():
             cli.build(config.base)
@@ -65,6 +68,7 @@ def open_run(config: DictConfig) -> Run:
         folder=folder,
         seed=int(config.seed),
         sinks=_sinks(config, folder) if accelerator.is_main_process else (),
+        deepspeed=None if config.deepspeed is None else Path(config.deepspeed),
     )
 
 
@@ -133,14 +137,14 @@ def train(run: Run) -> bool:
 
 def write_result(run: Run) -> dict[str, str]:
     """The result in the run's folder, and how it is loaded. Also in the released format, where there is one."""
-    if not run.accelerator.is_main_process:
-        return {}
     folder = run.folder / "result"
-    folder.mkdir(parents=True, exist_ok=True)
-    with run._averaged():
-        settings = run.trainee.write(folder)
-        run.trainee.write_released(folder / "released")
-    return dict(settings)
+    settings: dict[str, str] = {}
+    with run.averaged():
+        if run.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = dict(run.trainee.write(folder))
+            run.trainee.write_released(folder / "released")
+    return settings
 
 
 def gains(run: Run) -> list[Gain]:

@@ -222,6 +222,7 @@ class SD21Nets(nn.Module):
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "osediff.pkl", buffer.getvalue())
 
     def write_released(self, folder: Path) -> None:
