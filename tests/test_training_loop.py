@@ -69,7 +69,7 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def make_run(folder: Path, photos: Path, *, limit_steps: int = 6, identity=None, **settings) -> Run:
+def make_run(folder: Path, photos: Path, *, limit_steps: int = 6, identity=None, deepspeed=None, **settings) -> Run:
     schedule = Schedule(
         stages=[
             Stage(steps=4, degradation=RealESRGAN(engine="fast")),
@@ -104,6 +104,7 @@ def make_run(folder: Path, photos: Path, *, limit_steps: int = 6, identity=None,
         checkpoints=Checkpoints(folder / "checkpoints", identity or {"seed": 0}, keep=2),
         folder=folder,
         seed=0,
+        deepspeed=deepspeed,
     )
 
 
