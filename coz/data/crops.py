@@ -210,8 +210,8 @@ def random_crop(pixels: Tensor, size_px: int, numbers: np.random.Generator) -> T
 
 def validation_crops(
     photos: Sequence[Path], *, count: int, size_px: int, seed: int, shrink_to_px: int | None = None
-) -> list[tuple[str, Tensor]]:
-    """`count` crops spread over held-out photographs, the same at every call: (name, (3, S, S)).
+) -> list[tuple[Path, str, Tensor]]:
+    """`count` crops spread over held-out photographs, the same at every call: (photograph, name, (3, S, S)).
 
     Raises:
         UserError: a held-out photograph cannot be read; validation does without none of them.
@@ -225,5 +225,6 @@ def validation_crops(
         numbers = np.random.Generator(np.random.PCG64([seed, number, 4]))
         pixels = decoded[photo]
         top, left = (int(numbers.integers(side - size_px + 1)) for side in pixels.shape[-2:])
-        crops.append((f"{photo.stem}_{number:03}", pixels[:, top : top + size_px, left : left + size_px].contiguous()))
+        crop = pixels[:, top : top + size_px, left : left + size_px].contiguous()
+        crops.append((photo, f"{photo.stem}_{number:03}", crop))
     return crops

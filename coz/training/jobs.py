@@ -95,8 +95,9 @@ def _validation(config: DictConfig, schedule: Schedule, trainee: Trainee, held: 
         held, count=int(settings.crops), size_px=size, seed=int(settings.seed), shrink_to_px=schedule.shrink_to_px
     )
     return Validation(
-        names=[name for name, _ in crops],
-        hr=[hr for _, hr in crops],
+        photos=[photo for photo, _, _ in crops],
+        names=[name for _, name, _ in crops],
+        hr=[hr for _, _, hr in crops],
         degradation=degradation,  # type: ignore[arg-type]
         seed=int(settings.seed),
         enlarged=trainee.enlarged,

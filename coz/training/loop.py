@@ -320,8 +320,14 @@ class Run:
         return best and step > 0
 
     def _restore(self, lq: Tensor, numbers: Sequence[int]) -> Tensor:
+        validation = self.validation
+        assert validation is not None
+        texts = [""] * len(lq)
+        if self.prompts is not None:
+            hr = torch.stack([validation.hr[number] for number in numbers])
+            texts = self.prompts(hr, [validation.photos[number] for number in numbers], numbers)
         with self.accelerator.autocast():
-            return self.trainee.restore(lq, prompts=[""] * len(lq), seeds=list(numbers))
+            return self.trainee.restore(lq, prompts=texts, seeds=list(numbers))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -341,11 +347,22 @@ class Run:
             "groups": groups,
             "optimizer": optimizer,
             "average": self.average.state() if self.average is not None else {},
+            "statistics": {name: value.detach().cpu().clone() for name, value in self._statistics().items()},
         }
         with self.averaged():
             if self.accelerator.is_main_process:
                 self.checkpoints.save(self.progress.step, state, also=self.trainee.write, best=best)
         self.accelerator.wait_for_everyone()
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """What batch norms have seen: it changes by training, but is no parameter."""
+        module: nn.Module = self.trainee  # type: ignore[assignment]
+        return {
+            f"{name}.{key}": buffer
+            for name, part in module.named_modules()
+            if isinstance(part, nn.modules.batchnorm._NormBase)
+            for key, buffer in part.named_buffers(recurse=False)
+        }
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -361,6 +378,8 @@ class Run:
                 for name, parameters in self.groups.items():
                     for key, parameter in parameters.items():
                         parameter.copy_(state["groups"][name][key])
+            for name, buffer in self._statistics().items():
+                buffer.copy_(state["statistics"][name])
             self.stepping.restore(state["optimizer"])
             if self.average is not None:
                 self.average.restore(state["average"])
