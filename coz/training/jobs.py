@@ -174,4 +174,4 @@ def report(run: Run, settings: dict[str, str]) -> None:
             f"(95 % interval {gain.low:+.4f} to {gain.high:+.4f}, {len(rows)} crops)"
         )
     words = " ".join(f"{key}={value}" for key, value in settings.items())
-    print(f"use it: python evaluate.py {words}")
+    print(f"use it: python evaluate.py method=coz_null scale=4 {words}")

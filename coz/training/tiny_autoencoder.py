@@ -98,7 +98,7 @@ def teach_autoencoder(
         (loss + 0.01 * shape).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        value = float(loss)
+        value = float(loss.detach())
     vae.requires_grad_(False)
     return value
 

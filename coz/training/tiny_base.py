@@ -211,6 +211,6 @@ def _teach_denoiser(
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        value = float(loss)
+        value = float(loss.detach())
     net.requires_grad_(False)
     logger.info("made a denoiser with a loss of %.3f", value)
