@@ -109,9 +109,7 @@ def measure(work: Work) -> dict[str, float]:
     }
 
 
-def _steps(
-    trainee: OneStepTrainee, optimizer: torch.optim.Optimizer, work: Work, device: torch.device
-) -> tuple[float, float]:
+def _steps(trainee: OneStepTrainee, optimizer: torch.optim.Optimizer, work: Work, device: torch.device) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     started, cpu = 0.0, 0.0
     for step in range(work.steps + 1):

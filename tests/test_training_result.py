@@ -115,8 +115,6 @@ def test_a_base_beside_the_run_is_found_after_both_moved(tmp_path):
 def test_training_goes_on_from_a_result(tmp_path):
     first = trained(SD3Nets(**RANDOM))
     first.write(tmp_path)
-    second = OneStepTrainee(
-        nets=SD3Nets(**RANDOM | {"weights": str(tmp_path)}), loss=LossWeights(lpips=0), vsd=VSD(guidance=1)
-    )
+    second = OneStepTrainee(nets=SD3Nets(**RANDOM | {"weights": str(tmp_path)}), loss=LossWeights(lpips=0), vsd=VSD(guidance=1))
     second.load()
     assert torch.equal(restored(first), restored(second))

@@ -83,9 +83,7 @@ class Run:
         if self.deepspeed is None:
             self.stepping = PlainStepping(module, groups, accelerator=accelerator, schedule=schedule)
         else:
-            self.stepping = ZeroStepping(
-                module, groups, accelerator=accelerator, schedule=schedule, config=self.deepspeed
-            )
+            self.stepping = ZeroStepping(module, groups, accelerator=accelerator, schedule=schedule, config=self.deepspeed)
         self.average = Average(groups["generator"], self.schedule.ema_decay) if self.schedule.ema_decay else None
 
     # -----------------------------------------------------------------------------------------------------------------
