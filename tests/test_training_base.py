@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from torch import Tensor
 from coz.errors import UserError
 from coz.models import sd2
 from coz.models.sd3_sizes import SIZES
+from coz.training.journal import CsvLog
 from coz.training.tiny_autoencoder import start_as_thumbnail, teach_autoencoder
 from coz.training.tiny_base import ensure_tiny_sd21
 
@@ -86,7 +86,7 @@ def test_the_tiny_profile_learns(tmp_path, backbone):
     command += ["training.stages.0.steps=60", "training.stages.1.steps=30", "training.validate_every=90"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = list(csv.DictReader(open(tmp_path / "train_sr" / "tiny" / "validation.csv")))
+    rows = CsvLog(tmp_path / "train_sr" / "tiny" / "validation.csv").rows()
 
     def mean(name: str, step: str) -> float:
         values = [float(row[name]) for row in rows if row["step"] == step]

@@ -43,9 +43,7 @@ def read_note(weights: str, *, backbone: str) -> dict | None:
         content = json.loads(note.read_text())
         theirs, files, base = content["backbone"], dict(content["files"]), dict(content["base"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WrongWeights(
-            f"{note} cannot be read ({error!r}); run the training's command again, which writes it anew"
-        ) from error
+        raise WrongWeights(f"{note} cannot be read ({error!r}); run the training's command again") from error
     if theirs != backbone:
         raise WrongWeights(f"{weights} holds a trained {theirs}; use backbone={theirs} backbone.weights={weights}")
     local = note.parent / str(base.get("weights", ""))

@@ -224,9 +224,7 @@ def check_zero(config: Path) -> None:
     try:
         stage = int(json.loads(config.read_text())["zero_optimization"]["stage"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"deepspeed={config} is no DeepSpeed configuration with ZeRO ({error!r}); see conf/deepspeed"
-        ) from error
+        raise UserError(f"deepspeed={config} is no configuration of ZeRO ({error!r}); see conf/deepspeed") from error
     if stage not in (1, 2, 3):
         raise UserError(f"deepspeed={config} has stage {stage}; use 1, 2 or 3, or leave deepspeed out")
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():

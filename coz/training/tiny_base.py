@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from coz.data.degradation import Bicubic
 from coz.errors import UserError
 from coz.models import sd2
 from coz.models.sd3_sizes import SIZES
-from coz.models.sd3_source import TEXT_ENCODERS, FolderSource, RandomSource
+from coz.models.sd3_source import TEXT_ENCODERS, RandomSource
 from coz.models.sd3_text import PromptEncoder
 from coz.store import explain_write_errors, remove_stale, stale_name, write_json
 from coz.training.diffusion import EpsilonProcess, FlowProcess, Process
