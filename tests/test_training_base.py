@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from coz.models import sd2
 from coz.models.sd3_sizes import SIZES
 from coz.training.journal import CsvLog
 from coz.training.tiny_autoencoder import start_as_thumbnail, teach_autoencoder
-from coz.training.tiny_base import ensure_tiny_sd21
+from coz.training.tiny_base import Lessons, ensure_tiny_sd21
 
 ROOT = Path(__file__).parent.parent
 GROUP = {"norm_num_groups": 1, "layers_per_block": 1}
@@ -70,12 +71,21 @@ def test_a_base_of_other_settings_is_refused(tmp_path):
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{i}.png")
-    settings = {"paths": [str(photos)], "hold_out": 1, "crop_px": 32, "shrink_to_px": None, "batch_size": 1, "seed": 0}
-    settings |= {"folder": str(tmp_path / "base"), "autoencoder_steps": 1, "denoiser_steps": 1}
-    ensure_tiny_sd21(**settings)
-    assert ensure_tiny_sd21(**settings) == settings["folder"]
+    folder = str(tmp_path / "base")
+    lessons = Lessons(
+        paths=[str(photos)],
+        hold_out=1,
+        crop_px=32,
+        shrink_to_px=None,
+        autoencoder_steps=1,
+        denoiser_steps=1,
+        batch_size=1,
+        seed=0,
+    )
+    ensure_tiny_sd21(folder=folder, lessons=lessons)
+    assert ensure_tiny_sd21(folder=folder, lessons=lessons) == folder
     with pytest.raises(UserError, match=r"another hold_out; remove it"):
-        ensure_tiny_sd21(**settings | {"hold_out": 2})
+        ensure_tiny_sd21(folder=folder, lessons=replace(lessons, hold_out=2))
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ class Lessons:
     def __post_init__(self) -> None:
         for name in ("autoencoder_steps", "denoiser_steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"base.{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"base.lessons.{name}={getattr(self, name)} must be at least 1")
 
     def crops(self) -> Callable[[int], Tensor]:
         """Number of a batch → (B, 3, S, S) in [-1, 1]."""
@@ -82,21 +82,18 @@ class Lessons:
         return batch
 
 
-def ensure_tiny_sd3(*, folder: str, **settings: object) -> str:
+def ensure_tiny_sd3(*, folder: str, lessons: Lessons) -> str:
     """Make a base in SD3's layout unless its folder is there already; returns the folder.
 
-    Args:
-        settings: see `Lessons`.
-
     Raises:
-        UserError: the folder is there, but made with other settings; a setting is wrong.
+        UserError: the folder is there, but made with other settings.
     """
-    return _ensure(folder, Lessons(**settings), _make_sd3)  # type: ignore[arg-type]
+    return _ensure(folder, lessons, _make_sd3)
 
 
-def ensure_tiny_sd21(*, folder: str, **settings: object) -> str:
+def ensure_tiny_sd21(*, folder: str, lessons: Lessons) -> str:
     """The same in the layout of Stable Diffusion 2.1."""
-    return _ensure(folder, Lessons(**settings), _make_sd21)  # type: ignore[arg-type]
+    return _ensure(folder, lessons, _make_sd21)
 
 
 def _ensure(folder: str, lessons: Lessons, make: Callable[[Path, Lessons], None]) -> str:
