@@ -30,6 +30,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from tqdm import tqdm
 
 from coz.errors import UserError
+from coz.models.trained import trained_note
 from coz.store import explain_write_errors, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,10 @@ Task = Callable[[DictConfig], None]
 
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 OmegaConf.register_new_resolver("weights", lambda own, *, _root_: _profile_weights(_root_) or own, replace=True)
-# A released file that goes with a model's released weights; random weights have none.
-OmegaConf.register_new_resolver("released", lambda weights, file: None if weights == "random" else file, replace=True)
+# A released file that goes with a model's released weights; random weights have none, a training's folder has its own.
+OmegaConf.register_new_resolver(
+    "released", lambda weights, file: None if weights == "random" or trained_note(weights) else file, replace=True
+)
 
 
 def _profile_weights(config: DictConfig) -> str | None:

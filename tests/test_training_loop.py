@@ -58,6 +58,19 @@ class Sharpener(nn.Module):
     def write_released(self, folder: Path) -> None: ...
 
 
+class Normed(Sharpener):
+    """With a batch norm, whose statistics are no parameters."""
+
+    def load(self) -> None:
+        super().load()
+        self.norm = nn.BatchNorm2d(3, affine=False)
+
+    def forward(self, batch: Batch) -> Outcome:
+        image = self.net(self.norm(batch.lq))
+        loss = (image - batch.hr).square().mean()
+        return Outcome(loss, {"l2": loss.detach()})
+
+
 @pytest.fixture
 def photos(tmp_path) -> Path:
     folder = tmp_path / "photos"
@@ -69,7 +82,9 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def make_run(folder: Path, photos: Path, *, limit_steps: int = 6, identity=None, **settings) -> Run:
+def make_run(
+    folder: Path, photos: Path, *, limit_steps: int = 6, identity=None, deepspeed=None, net=Sharpener, prompts=None, **settings
+) -> Run:
     schedule = Schedule(
         stages=[
             Stage(steps=4, degradation=RealESRGAN(engine="fast")),
@@ -89,26 +104,27 @@ def make_run(folder: Path, photos: Path, *, limit_steps: int = 6, identity=None,
         },
     )
     training, held = Manifest(paths=[str(photos)], hold_out=1).split()
-    trainee = Sharpener()
+    trainee = net()
     trainee.load()
     crops = validation_crops(held, count=2, size_px=64, seed=0)
-    validation = Validation([name for name, _ in crops], [x for _, x in crops], Bicubic(), 0, True)
+    validation = Validation(*map(list, zip(*crops, strict=True)), Bicubic(), 0, True)
     validation._load_lpips = lambda: None  # half of a test's time
     return Run(
         trainee=trainee,
         accelerator=Accelerator(cpu=True),
         schedule=schedule,
         photos=training,
-        prompts=None,
+        prompts=prompts,
         validation=validation,
         checkpoints=Checkpoints(folder / "checkpoints", identity or {"seed": 0}, keep=2),
         folder=folder,
         seed=0,
+        deepspeed=deepspeed,
     )
 
 
 def weights_of(run: Run) -> list[torch.Tensor]:
-    moments = [value for state in run.optimizer.state_dict()["state"].values() for value in state.values()]
+    moments = [value for state in run.stepping.state()["state"].values() for value in state.values()]
     return [*run.trainee.net.state_dict().values(), *run.average.state()["values"].values(), *moments]
 
 
@@ -135,6 +151,37 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, photos, step):
         assert torch.equal(a, b)
     assert rows_of(whole) == rows_of(second)
     assert whole.validation_log.rows() == second.validation_log.rows()
+
+
+def test_the_statistics_of_batch_norms_are_kept(tmp_path, photos):
+    whole = make_run(tmp_path / "whole", photos, net=Normed)
+    assert whole.run()
+    first = make_run(tmp_path / "parts", photos, net=Normed)
+    stop_at(first, 3)
+    first.run()
+    second = make_run(tmp_path / "parts", photos, net=Normed)
+    second.run()
+    assert whole.trainee.norm.num_batches_tracked == 12
+    for a, b in zip(whole.trainee.state_dict().values(), second.trainee.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_validation_reads_the_prompts_of_its_photographs(tmp_path, photos):
+    seen = []
+
+    class Reader(Sharpener):
+        def restore(self, lq, *, prompts, seeds):
+            seen.extend(prompts)
+            return super().restore(lq, prompts=prompts, seeds=seeds)
+
+    def prompts(hr, paths, seeds):
+        return [path.name for path in paths]
+
+    run = make_run(tmp_path, photos, net=Reader, prompts=prompts)
+    run.run()
+    held = run.validation.photos[0].name
+    assert held not in {path.name for path in run.photos}
+    assert set(seen) == {held}
 
 
 def test_rows_beyond_the_last_checkpoint_are_logged_again(tmp_path, photos):

@@ -7,7 +7,9 @@ import torch
 
 from coz.backbones.osediff_sd3 import OSEDiffSD3
 from coz.backbones.osediff_sd21 import OSEDiffSD21
+from coz.checkpoint import WrongWeights
 from coz.image import quantize
+from coz.models.trained import read_note, write_note
 from coz.training.losses import VSD, LossWeights
 from coz.training.one_step import OneStepTrainee
 from coz.training.sd3 import SD3Nets
@@ -40,10 +42,10 @@ def restored(trainee) -> torch.Tensor:
 def test_sd3(tmp_path, released, tolerance):
     trainee = trained(SD3Nets(**RANDOM))
     trainee.write_released(tmp_path) if released else trainee.write(tmp_path)
-    files = {"lora": str(tmp_path / ("sr_lora.pkl" if released else "lora.safetensors"))}
+    files = {"weights": str(tmp_path)}  # the folder says the rest
     if released:  # the authors' code leaves the shift out; said so, ours keeps it
-        files |= {"vae_encoder": str(tmp_path / "vae_encoder.pt"), "encode_shift": True}
-    backbone = OSEDiffSD3(**RANDOM, **files)
+        files = {"lora": str(tmp_path / "sr_lora.pkl"), "vae_encoder": str(tmp_path / "vae_encoder.pt"), "encode_shift": True}
+    backbone = OSEDiffSD3(**RANDOM | files)
     found = backbone(picture(), size=64, prompts=["a cat"], seeds=[5])
     plain = OSEDiffSD3(**RANDOM)(picture(), size=64, prompts=["a cat"], seeds=[5])
     assert (found - restored(trainee)).abs().max() < tolerance
@@ -53,7 +55,7 @@ def test_sd3(tmp_path, released, tolerance):
 def test_sd21(tmp_path):
     trainee = trained(SD21Nets(**RANDOM))
     settings = trainee.write(tmp_path)
-    backbone = OSEDiffSD21(**RANDOM, checkpoint=settings["backbone.checkpoint"])
+    backbone = OSEDiffSD21(**RANDOM | {"weights": settings["backbone.weights"]})
     found = backbone(picture(), size=64, prompts=["a cat"], seeds=[5])
     assert (found - restored(trainee)).abs().max() < 1e-4
 
@@ -85,3 +87,34 @@ def test_losses_depend_on_the_sample_alone():
     alone = [parts(pair[i : i + 1], [3 + i]) for i in range(2)]
     for name, value in together.items():
         assert value.item() == pytest.approx(sum(one[name].item() for one in alone) / 2, rel=1e-4), name
+
+
+def test_a_folder_of_another_backbone_is_named(tmp_path):
+    trained(SD21Nets(**RANDOM)).write(tmp_path / "result")
+    run = str(tmp_path)  # the run's own folder will do
+    assert read_note(run, backbone="osediff_sd21")["checkpoint"] == str(tmp_path / "result" / "osediff.pkl")
+    with pytest.raises(WrongWeights, match="backbone=osediff_sd21"):
+        OSEDiffSD3(**RANDOM | {"weights": run})
+    (tmp_path / "result" / "result.json").write_text("{")
+    with pytest.raises(WrongWeights, match="cannot be read"):
+        OSEDiffSD21(**RANDOM | {"weights": run})
+
+
+def test_a_base_beside_the_run_is_found_after_both_moved(tmp_path):
+    (tmp_path / "outputs" / "base").mkdir(parents=True)
+    run = tmp_path / "outputs" / "run"
+    run.mkdir()
+    write_note(run, backbone="b", files={"lora": "x"}, base={"weights": str(tmp_path / "outputs" / "base")})
+    (tmp_path / "outputs").rename(tmp_path / "elsewhere")
+    found = read_note(str(tmp_path / "elsewhere" / "run"), backbone="b")
+    assert found == {"weights": str(tmp_path / "elsewhere" / "base"), "lora": str(tmp_path / "elsewhere" / "run" / "x")}
+    write_note(tmp_path, backbone="b", files={}, base={"weights": "owner/name"})
+    assert read_note(str(tmp_path), backbone="b") == {"weights": "owner/name"}
+
+
+def test_training_goes_on_from_a_result(tmp_path):
+    first = trained(SD3Nets(**RANDOM))
+    first.write(tmp_path)
+    second = OneStepTrainee(nets=SD3Nets(**RANDOM | {"weights": str(tmp_path)}), loss=LossWeights(lpips=0), vsd=VSD(guidance=1))
+    second.load()
+    assert torch.equal(restored(first), restored(second))

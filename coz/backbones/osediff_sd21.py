@@ -20,6 +20,7 @@ from coz.errors import UserError
 from coz.image import Size, as_size, fix_color, quantize, resize
 from coz.models import latent_tiles, lora, sd2, sd2_lora
 from coz.models.sd2_backbone import SD2Backbone
+from coz.models.trained import read_note
 
 # the UNet's adapters in osediff.pkl: how the file names the list of an adapter's layers, and the adapter
 _UNET_GROUPS = {
@@ -35,8 +36,9 @@ _CONV_IN = {"weight": "conv_in.base_layer.weight", "bias": "conv_in.base_layer.b
 class OSEDiffSD21(SD2Backbone):
     """One-step restoration at the target's size.
 
-    Args: those of `SD2Backbone` (its `weights` are Stable Diffusion 2.1-base), and
-        checkpoint: the authors' `osediff.pkl`; None only with random weights.
+    Args: those of `SD2Backbone`, and
+        weights: Stable Diffusion 2.1-base, or a folder that train_sr.py wrote, which names its base and holds the checkpoint.
+        checkpoint: the authors' `osediff.pkl`; None only with random weights, or where `weights` holds it.
         color_fix: the released chain uses none, OSEDiff's own script adain.
         merge_lora: fold the adapters into the weights at loading; False keeps them beside (slower, for comparison).
     """
@@ -50,6 +52,11 @@ class OSEDiffSD21(SD2Backbone):
     shaping = ("merge_lora",)
 
     def __post_init__(self) -> None:
+        note = read_note(self.weights, backbone=self.name)
+        if note is not None:
+            self.weights, self.seed = str(note["weights"]), int(note.get("seed", self.seed))
+            self.size = note.get("size", self.size)
+            self.checkpoint = self.checkpoint or str(note["checkpoint"])
         super().__post_init__()
         if self.checkpoint is None and self.weights != sd2.RANDOM:
             raise UserError("checkpoint is not set; give the path of the authors' osediff.pkl")

@@ -24,6 +24,7 @@ from coz.models.sd3_memory import Offload, PlanName, component_bytes, describe, 
 from coz.models.sd3_sizes import SIZES
 from coz.models.sd3_source import FolderSource, RandomSource, SD3Source
 from coz.models.sd3_text import PromptEncoder
+from coz.models.trained import read_note
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,10 @@ class OSEDiffSD3:
     """One step of SD3 from the encoded image. Reads prompts.
 
     Args:
-        weights: `stabilityai/stable-diffusion-3-medium-diffusers`, a folder in its layout, or `random`.
+        weights: `stabilityai/stable-diffusion-3-medium-diffusers`, a folder in its layout, `random`, or a folder that
+            train_sr.py wrote, which names its base and holds the adapters.
         lora: the released `SR_LoRA/*.pkl` (or the same list in a safetensors file), or a file written by train_sr.py.
-            None only with random weights, whose adapters are then random too.
+            None only with random weights, whose adapters are then random too, or where `weights` holds them.
         vae_encoder: the released `SR_VAE/*.pt`; None where `lora` is of our own format and holds both.
         lora_rank: the rank that the released files must have; None takes theirs. Our own format states its rank.
         size: of random weights, `full` or `tiny`.
@@ -107,6 +109,10 @@ class OSEDiffSD3:
     ) -> None:
         if color_fix not in ("wavelet", "adain", "none"):
             raise UserError(f"color_fix={color_fix} is unknown; use wavelet, adain or none")
+        note = read_note(weights, backbone="osediff_sd3")
+        if note is not None:
+            weights, size, seed = str(note["weights"]), str(note.get("size", size)), int(note.get("seed", seed))
+            lora = lora or str(note["lora"])
         if posterior not in ("sample", "mode"):
             raise UserError(f"posterior={posterior} is unknown; use sample or mode")
         if offload not in ("none", "cpu"):

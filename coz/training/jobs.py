@@ -20,6 +20,7 @@ from coz.training.checkpoints import Checkpoints
 from coz.training.journal import Sink, TensorboardSink, WandbSink
 from coz.training.loop import Run
 from coz.training.schedule import Schedule
+from coz.training.stepping import check_zero
 from coz.training.trainee import Trainee
 from coz.training.validation import Gain, Validation, paired_gain
 
@@ -40,6 +41,8 @@ def open_run(config: DictConfig) -> Run:
     schedule = cli.build(config.training)
     manifest = cli.build(config.data)
     accelerator = _accelerator(config)
+    if config.deepspeed is not None:
+        check_zero(Path(config.deepspeed))
     if config.get("base"):
         with accelerator.main_process_first():
             cli.build(config.base)
@@ -65,6 +68,7 @@ def open_run(config: DictConfig) -> Run:
         folder=folder,
         seed=int(config.seed),
         sinks=_sinks(config, folder) if accelerator.is_main_process else (),
+        deepspeed=None if config.deepspeed is None else Path(config.deepspeed),
     )
 
 
@@ -83,10 +87,17 @@ def _validation(config: DictConfig, schedule: Schedule, trainee: Trainee, held: 
     settings = config.validation
     degradation = schedule.stages[-1].degradation if settings.degradation is None else cli.build(settings.degradation)
     size = int(settings.crop_px or schedule.crop_px)
-    crops = validation_crops(held, count=int(settings.crops), size_px=size, seed=int(settings.seed))
+    if schedule.shrink_to_px is not None and size > schedule.shrink_to_px:
+        raise UserError(
+            f"validation.crop_px={size} is more than training.shrink_to_px={schedule.shrink_to_px} leaves; lower it"
+        )
+    crops = validation_crops(
+        held, count=int(settings.crops), size_px=size, seed=int(settings.seed), shrink_to_px=schedule.shrink_to_px
+    )
     return Validation(
-        names=[name for name, _ in crops],
-        hr=[hr for _, hr in crops],
+        photos=[photo for photo, _, _ in crops],
+        names=[name for _, name, _ in crops],
+        hr=[hr for _, _, hr in crops],
         degradation=degradation,  # type: ignore[arg-type]
         seed=int(settings.seed),
         enlarged=trainee.enlarged,
@@ -127,14 +138,14 @@ def train(run: Run) -> bool:
 
 def write_result(run: Run) -> dict[str, str]:
     """The result in the run's folder, and how it is loaded. Also in the released format, where there is one."""
-    if not run.accelerator.is_main_process:
-        return {}
     folder = run.folder / "result"
-    folder.mkdir(parents=True, exist_ok=True)
-    with run._averaged():
-        settings = run.trainee.write(folder)
-        run.trainee.write_released(folder / "released")
-    return dict(settings)
+    settings: dict[str, str] = {}
+    with run.averaged():
+        if run.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = dict(run.trainee.write(folder))
+            run.trainee.write_released(folder / "released")
+    return settings
 
 
 def gains(run: Run) -> list[Gain]:
@@ -163,4 +174,4 @@ def report(run: Run, settings: dict[str, str]) -> None:
             f"(95 % interval {gain.low:+.4f} to {gain.high:+.4f}, {len(rows)} crops)"
         )
     words = " ".join(f"{key}={value}" for key, value in settings.items())
-    print(f"use it: python evaluate.py {words}")
+    print(f"use it: python evaluate.py method=coz_null scale=4 {words}")

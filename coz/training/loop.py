@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,23 +23,19 @@ from torch.utils.data import DataLoader
 
 from coz.checkpoint import WrongWeights
 from coz.data.crops import CropDataset, Sample, TooManyUnreadable
-from coz.errors import UserError
 from coz.store import write_atomic
 from coz.training.checkpoints import Checkpoints
 from coz.training.ema import Average
 from coz.training.journal import CsvLog, Sink
 from coz.training.prompts import Prompts
 from coz.training.schedule import Progress, Schedule
+from coz.training.stepping import NotFinite, PlainStepping, Stepping, ZeroStepping
 from coz.training.trainee import Batch, Trainee
 from coz.training.validation import Validation, averages
 
 logger = logging.getLogger(__name__)
 
 UNREADABLE_SHARE = 0.01
-
-
-class NotFinite(UserError):
-    """Too many steps in a row whose loss or gradient was not finite."""
 
 
 @dataclass
@@ -52,7 +47,8 @@ class Run:
         accelerator: knows the processes and the number format.
         photos: to train on.
         validation: on every process.
-        journal, validation_log: of the first process; sinks: further places for the numbers.
+        sinks: places for the numbers besides the CSV files, of the first process.
+        deepspeed: a configuration of ZeRO; None is without.
         on_step: told after every step, for a progress bar.
     """
 
@@ -66,6 +62,7 @@ class Run:
     folder: Path
     seed: int
     sinks: Sequence[Sink] = ()
+    deepspeed: Path | None = None
     on_step: Callable[[int], None] = lambda _: None
     progress: Progress = field(default_factory=Progress)
 
@@ -78,15 +75,14 @@ class Run:
         for parameters in groups.values():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(
-            [{"params": list(parameters.values())} for parameters in groups.values()],
-            lr=self.schedule.learning_rate,
-            betas=tuple(self.schedule.betas),
-            weight_decay=self.schedule.weight_decay,
-        )
         module.train()
-        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.groups = groups
+        accelerator, schedule = self.accelerator, self.schedule
+        self.stepping: Stepping
+        if self.deepspeed is None:
+            self.stepping = PlainStepping(module, groups, accelerator=accelerator, schedule=schedule)
+        else:
+            self.stepping = ZeroStepping(module, groups, accelerator=accelerator, schedule=schedule, config=self.deepspeed)
         self.average = Average(groups["generator"], self.schedule.ema_decay) if self.schedule.ema_decay else None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -161,6 +157,7 @@ class Run:
             enlarged=self.trainee.enlarged,
             on_device=schedule.degrade_on == "device",
             remember=schedule.remember_photos,
+            shrink_to_px=schedule.shrink_to_px,
         )
         # every batch of every process, in turn; this process takes its own
         first = self.progress.step * per_step // schedule.batch_size + self.accelerator.process_index
@@ -210,41 +207,30 @@ class Run:
     # one step
 
     def _step(self, micro_batches: Sequence[Sequence[Sample]]) -> dict[str, float]:
-        step, accelerator = self.progress.step, self.accelerator
+        step, stepping = self.progress.step, self.stepping
         self._seed_everything(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate_at(step)
+        stepping.set_rate(self.schedule.rate_at(step))
         sums: dict[str, float] = {}
+        norms: dict[str, float] = {}
         finite = True
         batch = None
         for number, samples in enumerate(micro_batches):
             batch = self._batch(samples)
-            last = number == len(micro_batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                outcome = self.model(batch)
+            with stepping.collecting(last=number == len(micro_batches) - 1):
+                outcome = stepping.losses(batch)
                 finite = not self._any(not bool(torch.isfinite(outcome.total)))
                 if not finite:
+                    stepping.drop(number)
                     break
-                accelerator.backward(outcome.total / len(micro_batches))
+                stepping.backward(outcome.total)
             for name, value in outcome.parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / len(micro_batches)
-        norms = self._clip() if finite else {}
-        finite = finite and all(math.isfinite(norm) for norm in norms.values())
         if finite:
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update()
-        self.optimizer.zero_grad(set_to_none=True)
+            finite, norms = stepping.update()
+        if finite and self.average is not None:
+            self.average.update()
         self._count_skipped(finite, batch)
         return {**self._mean(sums), **norms} if finite else {}
-
-    def _clip(self) -> dict[str, float]:
-        """Clip each group on its own; returns the norms before."""
-        limit = self.schedule.clip_norm or math.inf
-        return {
-            f"grad_{name}": float(torch.nn.utils.clip_grad_norm_(parameters.values(), limit))
-            for name, parameters in self.groups.items()
-        }
 
     def _count_skipped(self, finite: bool, batch: Batch | None) -> None:
         if finite:
@@ -309,7 +295,7 @@ class Run:
         count, world = len(validation.names), accelerator.num_processes
         # padded, so that every process runs the network equally often, as ZeRO-3 needs it
         mine = [n % count for n in range(accelerator.process_index, -(-count // world) * world, world)]
-        with self._averaged():
+        with nullcontext() if self.average is None else self.average.in_place():
             pictures = validation.restore(self._restore, mine, accelerator.device)
         restored = dict(zip(mine, pictures, strict=True))
         rows = {number: validation.measure(number, picture) for number, picture in restored.items()}
@@ -331,29 +317,49 @@ class Run:
         return best and step > 0
 
     def _restore(self, lq: Tensor, numbers: Sequence[int]) -> Tensor:
-        module = self.accelerator.unwrap_model(self.model)
+        validation = self.validation
+        assert validation is not None
+        texts = [""] * len(lq)
+        if self.prompts is not None:
+            hr = torch.stack([validation.hr[number] for number in numbers])
+            texts = self.prompts(hr, [validation.photos[number] for number in numbers], numbers)
         with self.accelerator.autocast():
-            return module.restore(lq, prompts=[""] * len(lq), seeds=list(numbers))
+            return self.trainee.restore(lq, prompts=texts, seeds=list(numbers))
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        with nullcontext() if self.average is None else self.average.in_place():
+    def averaged(self) -> Iterator[None]:
+        """Inside it the network is what validation and the result show, its parameters whole; for all processes together."""
+        with self.stepping.whole(), nullcontext() if self.average is None else self.average.in_place():
             yield
 
     def _save(self, *, best: bool) -> None:
-        if self.accelerator.is_main_process:
-            state = {
-                "progress": vars(self.progress),
-                "groups": {
-                    name: {key: value.detach().cpu().clone() for key, value in parameters.items()}
-                    for name, parameters in self.groups.items()
-                },
-                "optimizer": self.optimizer.state_dict(),
-                "average": self.average.state() if self.average is not None else {},
+        optimizer = self.stepping.state()
+        with self.stepping.whole():
+            groups = {
+                name: {key: value.detach().cpu().clone() for key, value in parameters.items()}
+                for name, parameters in self.groups.items()
             }
-            with self._averaged():
+        state = {
+            "progress": vars(self.progress),
+            "groups": groups,
+            "optimizer": optimizer,
+            "average": self.average.state() if self.average is not None else {},
+            "statistics": {name: value.detach().cpu().clone() for name, value in self._statistics().items()},
+        }
+        with self.averaged():
+            if self.accelerator.is_main_process:
                 self.checkpoints.save(self.progress.step, state, also=self.trainee.write, best=best)
         self.accelerator.wait_for_everyone()
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """What batch norms have seen: it changes by training, but is no parameter."""
+        module: nn.Module = self.trainee  # type: ignore[assignment]
+        return {
+            f"{name}.{key}": buffer
+            for name, part in module.named_modules()
+            if isinstance(part, nn.modules.batchnorm._NormBase)
+            for key, buffer in part.named_buffers(recurse=False)
+        }
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -365,10 +371,13 @@ class Run:
         if state is None:
             return
         try:
-            for name, parameters in self.groups.items():
-                for key, parameter in parameters.items():
-                    parameter.copy_(state["groups"][name][key])
-            self.optimizer.load_state_dict(state["optimizer"])
+            with self.stepping.whole():
+                for name, parameters in self.groups.items():
+                    for key, parameter in parameters.items():
+                        parameter.copy_(state["groups"][name][key])
+            for name, buffer in self._statistics().items():
+                buffer.copy_(state["statistics"][name])
+            self.stepping.restore(state["optimizer"])
             if self.average is not None:
                 self.average.restore(state["average"])
             self.progress = Progress(**state["progress"])

@@ -17,6 +17,7 @@ class Schedule:
 
     Args:
         stages: one after the other, in one run.
+        crop_px: side of the crops; shrink_to_px: short side that larger photographs are reduced to first, None for no.
         batch_size: samples at once on each process; accumulation: how many of these before a step.
         learning_rate: constant after `warmup_steps`.
         clip_norm: of the gradient of each group; 0 does not clip.
@@ -28,6 +29,7 @@ class Schedule:
 
     stages: Sequence[Stage]
     crop_px: int = 512
+    shrink_to_px: int | None = None
     batch_size: int = 4
     accumulation: int = 1
     learning_rate: float = 5e-5
@@ -49,6 +51,10 @@ class Schedule:
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name}={getattr(self, name)} must be at least 1")
+        if self.shrink_to_px is not None and self.shrink_to_px < self.crop_px:
+            raise UserError(
+                f"training.shrink_to_px={self.shrink_to_px} is less than training.crop_px={self.crop_px}; raise it, or use null"
+            )
         if not self.stages:
             raise UserError("training.stages is empty; give at least one stage")
         if self.learning_rate <= 0:

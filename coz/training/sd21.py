@@ -18,6 +18,7 @@ from coz.models import sd2, sd2_lora
 from coz.models.lora import Adapter, LoraPair, layer_shapes, set_submodule
 from coz.models.placement import Precision
 from coz.models.switched_lora import AdapterSwitch, SwitchedBase, adapter_parameters, attach, detach, fresh_adapter
+from coz.models.trained import read_note, write_note
 from coz.store import write_atomic
 from coz.training.diffusion import EpsilonProcess
 from coz.training.one_step import GENERATOR, REGULARISER, Embeds
@@ -35,7 +36,7 @@ class SD21Nets(nn.Module):
     """Generator, regulariser and teacher over one SD2.1-base.
 
     Args:
-        weights: a folder, a hub id, or `random`.
+        weights: a folder, a hub id, `random`, or a folder that train_sr.py wrote, to go on from.
         size, seed: of random weights.
         checkpoint: an `osediff.pkl` to start from; None starts at the base model.
         rank: of new adapters.
@@ -60,6 +61,11 @@ class SD21Nets(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        note = read_note(weights, backbone="osediff_sd21")
+        if note is not None:
+            weights, size, seed = str(note["weights"]), note.get("size", size), int(note.get("seed", seed))
+            checkpoint = checkpoint or str(note["checkpoint"])
+        self._base = {"weights": weights} | ({"size": size, "seed": seed} if weights == sd2.RANDOM else {})
         sd2.check_choice("regulariser_layers", regulariser_layers, ["all", "others"])
         sd2.check_positive(rank=rank)
         self._placement = sd2.Placement.pick(device, precision)
@@ -196,7 +202,12 @@ class SD21Nets(nn.Module):
         }
 
     def write(self, folder: Path) -> Mapping[str, str]:
-        """`osediff.pkl`, which the authors' code reads too."""
+        """`osediff.pkl`, which the authors' code reads too, and a note on its base."""
+        self._write_pkl(folder)
+        write_note(folder, backbone="osediff_sd21", files={"checkpoint": "osediff.pkl"}, base=self._base)
+        return {"backbone": "osediff_sd21", "backbone.weights": str(folder)}
+
+    def _write_pkl(self, folder: Path) -> None:
         unet = detach(self.unet, GENERATOR)
         unet_state = self._peft_names(unet, self._unet_layers())
         own = adapter_parameters(self.unet, GENERATOR)
@@ -211,11 +222,11 @@ class SD21Nets(nn.Module):
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "osediff.pkl", buffer.getvalue())
-        return {"backbone.checkpoint": str(folder / "osediff.pkl")}
 
     def write_released(self, folder: Path) -> None:
-        self.write(folder)
+        self._write_pkl(folder)
 
     @staticmethod
     def _peft_names(adapter: Adapter, groups: Mapping[str, str]) -> dict[str, Tensor]:

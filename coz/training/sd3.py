@@ -19,6 +19,7 @@ from coz.models.sd3_sizes import SIZES
 from coz.models.sd3_source import FolderSource, RandomSource, SD3Source
 from coz.models.sd3_text import PromptEncoder
 from coz.models.switched_lora import AdapterSwitch, adapter_parameters, attach, detach, fresh_adapter
+from coz.models.trained import read_note, write_note
 from coz.training.diffusion import FlowProcess, Process, ReleasedFlowProcess
 from coz.training.one_step import GENERATOR, REGULARISER, Embeds
 
@@ -29,7 +30,7 @@ class SD3Nets(nn.Module):
     """Generator, regulariser and teacher over one SD3.
 
     Args:
-        weights: a folder in SD3 medium's layout, its hub id, or `random`.
+        weights: a folder in SD3 medium's layout, its hub id, `random`, or a folder that train_sr.py wrote, to go on from.
         size, seed: of random weights.
         lora, vae_encoder: adapters to start from (see `OSEDiffSD3`); None starts at the base model.
         rank: of new adapters.
@@ -61,10 +62,15 @@ class SD3Nets(nn.Module):
         remember_prompts: int = 256,
     ) -> None:
         super().__init__()
+        note = read_note(weights, backbone="osediff_sd3")
+        if note is not None:
+            weights, size, seed = str(note["weights"]), str(note.get("size", size)), int(note.get("seed", seed))
+            lora = lora or str(note["lora"])
         if weights == "random" and size not in SIZES:
             raise UserError(f"size={size} is unknown; use {' or '.join(SIZES)}")
         if rank < 1:
             raise UserError(f"rank={rank} must be at least 1")
+        self._base = {"weights": weights} | ({"size": size, "seed": seed} if weights == "random" else {})
         self._weights, self._seed, self._rank = weights, seed, rank
         self._device = pick_device(device)
         self._dtype = pick_dtype(precision, self._device)
@@ -172,7 +178,8 @@ class SD3Nets(nn.Module):
         info = LoraInfo(rank=self._rank, encode_shift=True, base=self._weights, factors=self._factors)
         parts = {"transformer": detach(self.transformer, GENERATOR), "vae_encoder": detach(self.vae.encoder, GENERATOR)}
         write_adapters(folder / "lora.safetensors", parts, info)
-        return {"backbone.lora": str(folder / "lora.safetensors"), "backbone.vae_encoder": "null"}
+        write_note(folder, backbone="osediff_sd3", files={"lora": "lora.safetensors"}, base=self._base)
+        return {"backbone": "osediff_sd3", "backbone.weights": str(folder)}
 
     def write_released(self, folder: Path) -> None:
         """The pair that Chain-of-Zoom's code reads. It leaves the shift out at encoding, with which we train."""

@@ -52,7 +52,7 @@ class Trainee(Protocol):
         ...
 
     def write(self, folder: Path) -> Mapping[str, str]:
-        """Write the result: settings of the backbone that loads it, such as {"backbone.lora": path}."""
+        """Write the result with its note (see `coz.models.trained`); returns the settings that load it."""
         ...
 
     def write_released(self, folder: Path) -> None:

@@ -27,12 +27,13 @@ class Validation:
     """Held-out crops, degraded once and for all.
 
     Args:
-        names, hr: of the crops; (3, S, S) each.
+        photos, names, hr: of the crops; (3, S, S) each.
         degradation, seed: what the network is given.
         enlarged: see `Degradation`.
         batch_size: crops at once.
     """
 
+    photos: Sequence[Path]
     names: Sequence[str]
     hr: Sequence[Tensor]
     degradation: Degradation
