@@ -65,6 +65,14 @@ def test_random_models_follow_the_seed_and_leave_the_global_generator_alone(prom
     assert prompter.fingerprint["weights"] == "random"
 
 
+def test_every_random_weight_follows_the_seed():
+    models = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        models.append(ram_network.random_model(ram_network.TINY, seed=0).state_dict())
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A RAM checkpoint in the official layout with the official file names, written from a random model."""

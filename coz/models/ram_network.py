@@ -311,6 +311,7 @@ def load_official(state: Mapping[str, Tensor], sizes: RamSizes, *, what: str) ->
 def random_model(sizes: RamSizes, seed: int) -> Ram:
     """Seeded random weights under which a few tags are on, others for other pictures. For tests and dry runs only."""
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the constructor draws biases, which are not drawn again below
         model = Ram(sizes).eval().requires_grad_(False)
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
