@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig
 
 import coz
-from coz import cli
+from coz import cli, precedence
 from coz.apps.arguments import friendly
 from coz.folder_metrics import _SETTINGS as FOLDER_SETTINGS
 from coz.paper_layouts import LAYOUTS
@@ -197,7 +197,7 @@ _DONE: set[tuple] = set()
 
 def resolve_and_bind(config_name: str, overrides: tuple[str, ...], sweep: bool) -> None:
     """Once for the same groups and keys: a path, a scale or a seed changes no part's settings."""
-    groups = cli._groups()
+    groups = precedence.config_groups()
     words = [word if word.partition("=")[0].split("@")[0] in groups else word.partition("=")[0] for word in overrides]
     key = (config_name, tuple(sorted(words)), sweep)
     if key in _DONE:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "coz"
 BASE = {"coz.errors", "coz.image", "coz.checkpoint", "coz.store"}
 PARTS = ("coz.backbones", "coz.prompters", "coz.critics", "coz.data", "coz.rewards")
-ENTRY = ("coz.cli", "coz.jobs", "coz.apps", "coz.prepare")
+ENTRY = ("coz.cli", "coz.precedence", "coz.jobs", "coz.apps", "coz.prepare")
 
 
 def _module(file: Path) -> str:
