@@ -36,7 +36,7 @@ test: $(VENV)/.test
 test-full: $(VENV)/.test
 	$(PYTEST) -m "slow or not slow" -rs
 
-# The documentation as a site in site/; open site/index.html.
+# The documentation as a site: open site/index.html, or, for its search, `python -m http.server -d site`.
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 

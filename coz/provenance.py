@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from coz import __version__
 
+SOFTWARE = f"coz {__version__} (Chain-of-Zoom, arXiv 2505.18600)"
 INVENTED = (
     "Detail beyond the photograph's own pixels was computed by a model, not recorded by a camera. It is plausible, not "
     "evidence: do not use it to identify people or to establish facts."
@@ -28,8 +29,8 @@ def note_on(
         prompt: the words of the last step.
     """
     if scale <= 1:
-        return {"Software": _SOFTWARE, "Fingerprint": fingerprint}
-    note = {"Software": _SOFTWARE, "Warning": INVENTED, "Backbone": _model(backbone), "Prompter": _model(prompter)}
+        return {"Software": SOFTWARE, "Fingerprint": fingerprint}
+    note = {"Software": SOFTWARE, "Warning": INVENTED, "Backbone": _model(backbone), "Prompter": _model(prompter)}
     note |= {"Scale": f"{scale:g}x", "Fingerprint": fingerprint}
     return note | ({"Prompt": prompt} if prompt else {})
 
@@ -38,11 +39,8 @@ def note_on_several(
     *, backbones: Sequence[str], prompters: Sequence[str], scales: Sequence[float], fingerprint: str
 ) -> dict[str, str]:
     """The note on a picture that shows several states, such as a strip."""
-    note = {"Software": _SOFTWARE, "Warning": INVENTED, "Backbone": ", ".join(backbones), "Prompter": ", ".join(prompters)}
+    note = {"Software": SOFTWARE, "Warning": INVENTED, "Backbone": ", ".join(backbones), "Prompter": ", ".join(prompters)}
     return note | {"Scale": ", ".join(f"{scale:g}x" for scale in scales), "Fingerprint": fingerprint}
-
-
-_SOFTWARE = f"coz {__version__} (Chain-of-Zoom, arXiv 2505.18600)"
 
 
 def _model(fingerprint: Mapping[str, object]) -> str:

@@ -118,3 +118,10 @@ def test_a_whole_photograph_says_it_in_zarr_and_tiff(photo, tmp_path):
 
 def test_the_software_is_the_package():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == coz.__version__
+
+
+def test_a_film_says_it_in_its_comment(photo, tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    result = coz.zoom(photo, scale=4, state_px=64, backbone="bicubic", prompter="null")
+    result.save(tmp_path / "zoom", film=True, fps=5, seconds_per_step=0.5)
+    assert INVENTED[:60].encode() in (tmp_path / "zoom" / "film.mp4").read_bytes()

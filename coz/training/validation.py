@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from coz.checkpoint import WeightsNotFound
 from coz.data.degradation import Degradation
-from coz.image import to_pil, to_uint8
+from coz.image import encode_png, to_pil, to_uint8
 from coz.metrics import Niqe, psnr
 from coz.perceptual import load_lpips
+from coz.provenance import INVENTED, SOFTWARE
+from coz.store import write_atomic
 
 NIQE_PX = 192  # two blocks a side
 Row = dict[str, float | int | str]
@@ -93,8 +95,7 @@ class Validation:
             cells = [lq, *to_pil(restored[number][None]), *to_pil(self.hr[number][None])]
             for j, cell in enumerate(cells):
                 sheet.paste(cell, (j * size, i * size))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        write_atomic(path, encode_png(sheet, note={"Software": SOFTWARE, "Warning": INVENTED}))
 
 
 def averages(rows: Sequence[Row]) -> dict[str, float]:
