@@ -41,8 +41,8 @@ def open_run(config: DictConfig) -> Run:
     schedule = cli.build(config.training)
     manifest = cli.build(config.data)
     accelerator = _accelerator(config)
-    if config.deepspeed is not None:
-        check_zero(Path(config.deepspeed))
+    if config.zero is not None:
+        check_zero(Path(config.zero))
     if config.get("base"):
         with accelerator.main_process_first():
             cli.build(config.base)
@@ -68,7 +68,7 @@ def open_run(config: DictConfig) -> Run:
         folder=folder,
         seed=int(config.seed),
         sinks=_sinks(config, folder) if accelerator.is_main_process else (),
-        deepspeed=None if config.deepspeed is None else Path(config.deepspeed),
+        deepspeed=None if config.zero is None else Path(config.zero),
     )
 
 

@@ -220,16 +220,16 @@ def check_zero(config: Path) -> None:
         UserError: no such file, DeepSpeed is not installed, or one process without torchrun.
     """
     if not config.is_file():
-        raise UserError(f"deepspeed={config} does not exist; conf/deepspeed holds sr_zero2.json and sr_zero3.json")
+        raise UserError(f"zero={config} does not exist; conf/deepspeed holds sr_zero2.json and sr_zero3.json")
     try:
         stage = int(json.loads(config.read_text())["zero_optimization"]["stage"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"deepspeed={config} is no configuration of ZeRO ({error!r}); see conf/deepspeed") from error
+        raise UserError(f"zero={config} is no configuration of ZeRO ({error!r}); see conf/deepspeed") from error
     if stage not in (1, 2, 3):
-        raise UserError(f"deepspeed={config} has stage {stage}; use 1, 2 or 3, or leave deepspeed out")
+        raise UserError(f"zero={config} has stage {stage}; use 1, 2 or 3, or leave zero=… out")
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        raise UserError("deepspeed needs a process group; start with `torchrun --nproc_per_node N train_sr.py …`")
+        raise UserError("zero=… needs a process group; start with `torchrun --nproc_per_node N train_sr.py …`")
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
-        raise UserError("deepspeed is not installed; `pip install deepspeed`, or leave deepspeed=… out") from error
+        raise UserError("deepspeed is not installed; `pip install deepspeed`, or leave zero=… out") from error
