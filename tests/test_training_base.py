@@ -19,6 +19,7 @@ from coz.errors import UserError
 from coz.models import sd2
 from coz.models.sd3_sizes import SIZES
 from coz.training.journal import CsvLog
+from coz.training.sd21 import SD21Nets
 from coz.training.tiny_autoencoder import start_as_thumbnail, teach_autoencoder
 from coz.training.tiny_base import Lessons, ensure_tiny_sd21
 
@@ -84,6 +85,9 @@ def test_a_base_of_other_settings_is_refused(tmp_path):
     )
     ensure_tiny_sd21(folder=folder, lessons=lessons)
     assert ensure_tiny_sd21(folder=folder, lessons=lessons) == folder
+    nets = SD21Nets(weights=folder, device="cpu", precision="fp32")
+    nets.load()
+    assert nets.embed(["a cat"])[0].shape[1] == 77
     with pytest.raises(UserError, match=r"another hold_out; remove it"):
         ensure_tiny_sd21(folder=folder, lessons=replace(lessons, hold_out=2))
 

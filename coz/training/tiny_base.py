@@ -170,6 +170,7 @@ def _make_sd21(folder: Path, lessons: Lessons) -> None:
     vae.save_pretrained(folder / "vae")
     text.text_encoder.save_pretrained(folder / "text_encoder")
     text.tokenizer.save_pretrained(folder / "tokenizer")
+    text.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt, as released
     DDPMScheduler(**source.config("scheduler")).save_pretrained(folder / "scheduler")
 
 
