@@ -270,11 +270,13 @@ def differences_table(rows: Sequence[Row], column: Column) -> Table | None:
 
 
 if __name__ == "__main__":
+    import signal
     import sys
 
     from coz.errors import UserError
     from coz.paper_tables import main
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     try:
         main(sys.argv[1:])
     except UserError as error:
