@@ -23,6 +23,7 @@ METHOD_ORDER = ["nn", "bicubic", "direct", "coz_null", "coz_tags", "coz_dape", "
 Row = Mapping[str, object]
 _NORMAL_FROM, _DRAWS_AT_ONCE = 10_000, 2_000_000
 _NAMED = 8  # of a long list, as many are written out
+FEWEST_TO_DECIDE = 6  # photographs: a sign test needs as many for p < 0.05, and a bootstrap of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class Difference:
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.cell.low > 0 or self.cell.high < 0
+        """Whether the interval leaves zero out, on photographs enough that all of one sign are no mere luck."""
+        return self.cell.n >= FEWEST_TO_DECIDE and (self.cell.low > 0 or self.cell.high < 0)
 
 
 def paired_differences(rows: Iterable[Row], metric: str) -> list[Difference]:
@@ -262,7 +263,8 @@ def differences_table(rows: Sequence[Row], column: Column) -> Table | None:
     body = []
     for d in differences:
         better = (d.cell.mean > 0) == column.higher_is_better
-        verdict = ("better" if better else "worse") if d.decided else "undecided"
+        few = f" (n < {FEWEST_TO_DECIDE})" if d.cell.n < FEWEST_TO_DECIDE else ""
+        verdict = ("better" if better else "worse") if d.decided else f"undecided{few}"
         interval = f"[{d.cell.low:+.4f}, {d.cell.high:+.4f}]" if d.cell.n > 1 else "–"
         body.append([f"{d.scale:g}×", f"{d.method} − {d.against}", str(d.cell.n), f"{d.cell.mean:+.4f}", interval, verdict])
     header = ["scale", f"{column.label}, paired", "n", "mean difference", "95 % interval", "verdict"]
