@@ -93,11 +93,12 @@ def test_a_base_of_other_settings_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["osediff_sd3", "osediff_sd21"])
-def test_the_tiny_profile_learns(tmp_path, backbone):
-    """Both stages, shorter than the recipe: minutes."""
+@pytest.mark.parametrize(("backbone", "stages"), [("osediff_sd3", (60, 30)), ("osediff_sd21", (120, 80))])
+def test_the_tiny_profile_learns(tmp_path, backbone, stages):
+    """Both stages, SD3's shorter than the recipe; SD2.1 starts lower and needs it whole. Minutes."""
+    last = str(sum(stages))
     command = [sys.executable, str(ROOT / "train_sr.py"), "profile=tiny", f"backbone={backbone}", f"outputs={tmp_path}"]
-    command += ["training.stages.0.steps=60", "training.stages.1.steps=30", "training.validate_every=90"]
+    command += [*(f"training.stages.{i}.steps={steps}" for i, steps in enumerate(stages)), f"training.validate_every={last}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = CsvLog(tmp_path / "train_sr" / "tiny" / "validation.csv").rows()
@@ -106,5 +107,5 @@ def test_the_tiny_profile_learns(tmp_path, backbone):
         values = [float(row[name]) for row in rows if row["step"] == step]
         return math.fsum(values) / len(values)
 
-    assert mean("psnr", "90") > mean("psnr", "0") + 2
-    assert mean("psnr", "90") > mean("psnr_constant_color", "0") + 2
+    assert mean("psnr", last) > mean("psnr", "0") + 2
+    assert mean("psnr", last) > mean("psnr_constant_color", "0") + 2
