@@ -247,10 +247,7 @@ class ConsistencyInput:
 if __name__ == "__main__":
     import sys
 
+    from coz.errors import exit_code
     from coz.folder_metrics import main
 
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from coz.errors import UserError
 from coz.image import encode_png
-from coz.plots import draw_strip, read_strip_state
+from coz.plots import draw_strip
 from coz.provenance import note_on_several
 from coz.store import fingerprint, write_atomic, write_json
+from coz.stored_chains import StateFolder, read_chain
 from coz.tables import (
     Column,
     Refusal,
@@ -171,11 +172,12 @@ def draw_strips(folder: Path, rows: Sequence[Row], *, states: Path, limit: int, 
     for image in sorted({str(row["image"]) for row in done})[:limit]:
         mine = [row for row in done if row["image"] == image]
         keys = {(str(row["method"]), float(row["scale"])): str(row["state"]) for row in mine}  # type: ignore[arg-type]
-        read = {label: read_strip_state(states, key) for label, key in keys.items()}
-        start = next(iter(read.values()))[1]
+        cells = {label: chain for label, key in keys.items() if (chain := read_chain(StateFolder(states), key)) is not None}
+        if not cells:
+            continue
+        start = next(iter(cells.values())).start
         backbones = ", ".join(sorted({str(row["backbone"]) for row in mine}))
         random = ", RANDOM weights: the pictures mean nothing" if any(row["profile"] == "tiny" for row in mine) else ""
-        cells = {label: state for label, (state, _) in read.items()}
         strip = draw_strip(f"{image}  ({backbones}{random})", start, cells, methods, scales, credits.get(image, ""))
         note = note_on_several(
             backbones=sorted({str(row["backbone"]) for row in mine}),

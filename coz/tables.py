@@ -275,12 +275,8 @@ if __name__ == "__main__":
     import signal
     import sys
 
-    from coz.errors import UserError
+    from coz.errors import exit_code
     from coz.paper_tables import main
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -14,7 +14,7 @@ from coz.image import Region
 from coz.measuring import Labels, measure
 from coz.metrics import ConsistencyStep
 from coz.plots.__main__ import main
-from coz.plots.chains import choose_methods, deepest_chain, read_chain
+from coz.plots.chains import choose_methods, deepest_chain
 from coz.plots.drawing import GAP_PX, LINE_PX, TEXT_PX, draw_box, font, wrap
 from coz.plots.failures_figure import FIGURE_PX, choose_examples, completion_steps, draw_failures, read_completions
 from coz.plots.zoom_figures import PROMPT_LINES
@@ -23,6 +23,7 @@ from coz.report.reading import read_results
 from coz.results import JobRecord, save_job
 from coz.stages import Plan, plan_for
 from coz.store import StateStore
+from coz.stored_chains import read_chain
 from coz.tables import Column
 from coz.training.grpo_trainer import Answer
 from coz.training.grpo_watch import page
@@ -104,10 +105,10 @@ def test_a_chain_knows_where_each_state_lies(run):
     results = read_results([run])
     chain = deepest_chain(results, "red", "coz_vlm")
     assert [shot.scale for shot in chain.shots] == [4, 16]
-    assert chain.shots[0].view == Region(0.375, 0.375, 0.25)
+    assert chain.shots[0].region == Region(0.375, 0.375, 0.25)
     assert chain.shots[1].region == Region(0.46875, 0.46875, 0.0625)
     assert chain.shots[1].prompt == "step with a context: True"
-    assert read_chain(results, "gone") is None
+    assert read_chain(results.states, "gone") is None
     assert choose_methods(results, ["ours=coz_vlm", "nn"]) == {"coz_vlm": "ours", "nn": "NN Interpolation"}
 
 

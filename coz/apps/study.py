@@ -15,7 +15,7 @@ from pathlib import Path
 
 from coz.apps.study_material import read_material
 from coz.apps.study_store import StudyStore
-from coz.errors import UserError
+from coz.errors import UserError, exit_code
 from coz.store import write_atomic
 from coz.study_analysis import Rating, Unit, tables
 from coz.study_figure import draw_bars
@@ -119,12 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (page, result):
         command.add_argument("--database", type=Path, default=_DATABASE, help="%(default)s")
     given = parser.parse_args(arguments)
-    try:
-        given.task(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: given.task(given))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from coz.errors import UserError
-from coz.report.reading import Chain, Results, read_results
+from coz.report.reading import Results, read_results
 from coz.store import fingerprint
+from coz.stored_chains import Chain
 
 _OFF_CENTRE_PX = 2  # rounding of the views; the instructions say that the zoom goes to the centre
 

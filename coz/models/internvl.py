@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from coz.checkpoint import WrongWeights, hub_folder
-from coz.errors import UserError
+from coz.errors import UserError, exit_code
 from coz.models.internvl_chat import CONTEXT, MEAN, NATIVE_TEMPLATE, STD, TURN_END, OriginalProcessor
 from coz.models.internvl_tokenizer import random_tokenizer, read_tokenizer
 from coz.models.internvl_weights import FULL_CONFIG, load_native, native_config, read_config, tokens_per_tile
@@ -159,12 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", help="a folder in the original layout, or a hub id that was fetched before")
     parser.add_argument("target", type=Path, help="a new folder")
     given = parser.parse_args(arguments)
-    try:
-        convert(hub_folder(given.source, patterns=FILES, what="InternVL2.5", size_gb=16.2), given.target)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: convert(hub_folder(given.source, patterns=FILES, what="InternVL2.5", size_gb=16.2), given.target))
 
 
 if __name__ == "__main__":

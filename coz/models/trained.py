@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from coz.checkpoint import WrongWeights
 from coz.store import write_json
 
 NOTE = "result.json"
@@ -36,6 +35,8 @@ def read_note(weights: str, *, backbone: str) -> dict | None:
     Raises:
         WrongWeights: the folder belongs to another backbone, or is damaged.
     """
+    from coz.checkpoint import WrongWeights  # reads PyTorch, which the command line, asking for `trained_note`, need not
+
     note = trained_note(weights)
     if note is None:
         return None

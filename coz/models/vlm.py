@@ -162,8 +162,7 @@ class VisionLanguageModel:
 
         An estimate from the checkpoint's size; nothing is loaded. The share for a batch assumes pairs of 512² px pictures.
         """
-        weights_gb, request_gb = self._memory_gb
-        return weights_gb + request_gb * self.batch_size
+        return self.demand(batch=self.batch_size).peak_gb
 
     @functools.cached_property
     def _memory_gb(self) -> tuple[float, float]:

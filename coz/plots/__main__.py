@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from coz.errors import UserError
+from coz.errors import UserError, exit_code
 from coz.image import encode_png
-from coz.plots.chains import ShownChain, choose_methods, choose_photos, choose_scales, deepest_chain, read_chain
+from coz.plots.chains import choose_methods, choose_photos, choose_scales, deepest_chain
 from coz.plots.failures_figure import choose_examples, completion_steps, draw_failures, read_completions
 from coz.plots.grid_figure import draw_grid
 from coz.plots.rewards import draw_rewards
@@ -28,6 +28,7 @@ from coz.plots.zoom_figures import draw_prompt_rows, draw_zoom_rows
 from coz.provenance import note_on, note_on_several
 from coz.report.reading import Results, read_results
 from coz.store import fingerprint, write_atomic
+from coz.stored_chains import ShownChain, read_chain
 from coz.tables import method_order
 
 
@@ -42,8 +43,7 @@ def strips(given: argparse.Namespace) -> Path:
         raise UserError(
             f"{method} has no stored pictures of {', '.join(photos)}; run evaluate.py again, it makes what is missing"
         )
-    have = sorted({shot.scale for chain in chains.values() for shot in chain.shots})
-    scales = _checked_scales(given.scales, have)
+    scales = _shown_scales(chains.values(), given.scales)
     image = draw_zoom_rows(chains, scales=scales, cell_px=given.cell_px, credits=results.found.credits)
     return _save(given, image, results, "strips", list(chains.values()))
 
@@ -52,11 +52,13 @@ def grid(given: argparse.Namespace) -> Path:
     """Figures 3, 5 and 11."""
     results = read_results(given.runs, states=given.states)
     photos = choose_photos(results, given.photos, limit=4)
-    methods, scales = choose_methods(results, given.methods), choose_scales(results, given.scales)
+    methods = choose_methods(results, given.methods)
+    have = [float(row["scale"]) for row in results.done]  # type: ignore[arg-type]
+    scales = choose_scales(have, given.scales, refusal="no scale {unknown} in these runs; they hold {known}")
     cells: dict[tuple[str, float, str], ShownChain] = {}
     for photo in photos:
         for (method, scale), key in results.keys(photo).items():
-            chain = read_chain(results, key)
+            chain = read_chain(results.states, key)
             if chain is not None and method in methods:
                 cells[photo, scale, method] = chain
     image = draw_grid(
@@ -80,7 +82,7 @@ def prompts(given: argparse.Namespace) -> Path:
     }
     if not chains:
         raise UserError(f"no method of these runs has prompts for {photo}; evaluate coz_vlm_single, coz_vlm or coz_tags")
-    scales = _checked_scales(given.scales, sorted({shot.scale for chain in chains.values() for shot in chain.shots}))
+    scales = _shown_scales(chains.values(), given.scales)
     image = draw_prompt_rows(chains, scales=scales, cell_px=given.cell_px)
     return _save(given, image, results, "prompts", list(chains.values()))
 
@@ -107,12 +109,9 @@ def failures(given: argparse.Namespace) -> Path:
     return out
 
 
-def _checked_scales(asked: Sequence[float] | None, have: Sequence[float]) -> list[float]:
-    unknown = [scale for scale in asked or () if scale not in have]
-    if unknown:
-        told = ", ".join(f"{scale:g}" for scale in have)
-        raise UserError(f"no state at {', '.join(f'{scale:g}' for scale in unknown)}x in these chains; they have {told}")
-    return sorted(asked or have)
+def _shown_scales(chains: Iterable[ShownChain], asked: Sequence[float] | None) -> list[float]:
+    have = [shot.scale for chain in chains for shot in chain.shots]
+    return choose_scales(have, asked, refusal="no state at {unknown}x in these chains; they have {known}")
 
 
 def _save(given: argparse.Namespace, image: Image.Image, results: Results, name: str, chains: Sequence[ShownChain]) -> Path:
@@ -205,12 +204,7 @@ def _drawn(command: argparse.ArgumentParser, default: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 and one sentence where the user can mend it."""
     given = _parser().parse_args(arguments)
-    try:
-        print(given.draw(given))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(given.draw(given)))
 
 
 if __name__ == "__main__":

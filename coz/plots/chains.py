@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from PIL import Image
+from collections.abc import Iterable, Sequence
 
 from coz.errors import UserError
-from coz.image import Region, View
 from coz.report.reading import Results
+from coz.stored_chains import ShownChain, read_chain
 from coz.tables import method_order
 
 # As the paper's figures write them.
@@ -24,45 +20,6 @@ _LABELS = {
     "coz_vlm_single": "CoZ (VLM, single image)",
     "coz_vlm": "CoZ (VLM)",
 }
-
-
-@dataclass(frozen=True)
-class Shot:
-    """A state of a chain."""
-
-    key: str
-    image: Path
-    scale: float
-    prompt: str
-    view: Region  # what it shows of the picture before it
-    region: Region  # and of the start state
-
-
-@dataclass(frozen=True)
-class ShownChain:
-    """A start state and what came of it."""
-
-    start: Path
-    shots: tuple[Shot, ...]
-
-
-def read_chain(results: Results, key: str) -> ShownChain | None:
-    """The chain that ends in a state, or None where a picture of it is gone."""
-    chain = results.states.chain(key)
-    start = results.states.image(chain.start) if chain else None
-    if chain is None or start is None:
-        return None
-    with Image.open(start) as image:
-        state_px = image.width
-    region, shots = Region(), []
-    for step in chain.steps:
-        image_path, meta = results.states.image(step.key), results.states.meta(step.key)
-        if image_path is None or meta is None:
-            return None
-        view = View(**meta["view"])
-        region = region.inside(view, state_px)
-        shots.append(Shot(step.key, image_path, step.scale, step.prompt, Region().inside(view, state_px), region))
-    return ShownChain(start, tuple(shots))
 
 
 def choose_photos(results: Results, names: Sequence[str] | None, *, limit: int) -> list[str]:
@@ -105,21 +62,26 @@ def _label(method: str) -> str:
     return _LABELS.get(base, base) + (f" [{rest}" if bracket else "")
 
 
-def choose_scales(results: Results, asked: Sequence[float] | None) -> list[float]:
+def choose_scales(there: Iterable[float], asked: Sequence[float] | None, *, refusal: str) -> list[float]:
     """The scales asked for, or all.
 
+    Args:
+        refusal: the sentence on scales that are not there, with places for `unknown` and `known` ones.
+
     Raises:
-        UserError: one that these runs do not hold.
+        UserError: one that is not there.
     """
-    known = sorted({float(row["scale"]) for row in results.done})  # type: ignore[arg-type]
+    known = sorted(set(there))
     unknown = [scale for scale in asked or () if scale not in known]
     if unknown:
-        have = ", ".join(f"{scale:g}" for scale in known)
-        raise UserError(f"no scale {', '.join(f'{scale:g}' for scale in unknown)} in these runs; they hold {have}")
+        listed = {
+            name: ", ".join(f"{scale:g}" for scale in scales) for name, scales in (("unknown", unknown), ("known", known))
+        }
+        raise UserError(refusal.format(**listed))
     return sorted(asked or known)
 
 
 def deepest_chain(results: Results, photo: str, method: str) -> ShownChain | None:
     """A photograph's chain to the largest scale of a method, or None where there is none."""
     mine = {scale: key for (own, scale), key in results.keys(photo).items() if own == method}
-    return read_chain(results, mine[max(mine)]) if mine else None
+    return read_chain(results.states, mine[max(mine)]) if mine else None

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
-from coz.plots.chains import ShownChain
 from coz.plots.drawing import (
     BACKGROUND,
     FAINT,
@@ -21,6 +20,7 @@ from coz.plots.drawing import (
     wrap,
     write_lines,
 )
+from coz.stored_chains import ShownChain
 
 _BOX = "#e4572e"
 

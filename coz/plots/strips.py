@@ -2,95 +2,61 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from coz.image import Region, View
-from coz.plots.drawing import BACKGROUND, FAINT, INK, PALETTE, TEXT_PX, font, wrap
+from coz.plots.drawing import BACKGROUND, FAINT, GAP_PX, INK, PALETTE, TEXT_PX, draw_absent, font, read_cell, wrap
+from coz.stored_chains import ShownChain
 
 _CELL_PX = 320
-_GAP_PX = 10
 _CAPTION_LINES = 2
-
-
-@dataclass(frozen=True)
-class StripState:
-    """One picture of a strip."""
-
-    image: Path
-    prompt: str
-    regions: tuple[Region, ...]  # what each state of its chain shows of the start state, the first first
-
-
-def read_strip_state(states: Path, key: str) -> tuple[StripState, Path]:
-    """A stored state with its ancestry, and the picture of its start state."""
-    lineage = []
-    node = key
-    while True:
-        meta = json.loads((states / node / "state.json").read_text())
-        if meta["step"] == 0:
-            break
-        lineage.append(meta)
-        node = meta["parent"]
-    with Image.open(states / node / "image.png") as start:
-        state_px = start.width
-    region, regions = Region(), []
-    for meta in reversed(lineage):
-        region = region.inside(View(**meta["view"]), state_px)
-        regions.append(region)
-    prompt = lineage[0]["prompt"] if lineage else ""
-    return StripState(states / key / "image.png", prompt, tuple(regions)), states / node / "image.png"
 
 
 def draw_strip(
     title: str,
     start: Path,
-    cells: Mapping[tuple[str, float], StripState],
+    cells: Mapping[tuple[str, float], ShownChain],
     methods: Sequence[str],
     scales: Sequence[float],
     credit: str = "",
 ) -> Image.Image:
     """The photograph with the places looked at, then a row of pictures per method, a column per scale."""
     caption_px = _CAPTION_LINES * (TEXT_PX + 3) + 6
-    row_px, column_px = _CELL_PX + caption_px + _GAP_PX, _CELL_PX + _GAP_PX
-    head_px = 3 * TEXT_PX + _GAP_PX
-    width = _GAP_PX + column_px * (len(scales) + 1)
+    row_px, column_px = _CELL_PX + caption_px + GAP_PX, _CELL_PX + GAP_PX
+    head_px = 3 * TEXT_PX + GAP_PX
+    width = GAP_PX + column_px * (len(scales) + 1)
     height = head_px + max(1, len(methods)) * row_px + TEXT_PX
     canvas = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     plain, bold = font(), font(TEXT_PX + 3)
-    draw.text((_GAP_PX, _GAP_PX), title, fill=INK, font=bold)
-    canvas.paste(_photo(start, list(cells.values())), (_GAP_PX, head_px))
+    draw.text((GAP_PX, GAP_PX), title, fill=INK, font=bold)
+    canvas.paste(_photo(start, cells.values()), (GAP_PX, head_px))
     for line, text in enumerate(wrap(credit, _CELL_PX, lines=3)):
-        draw.text((_GAP_PX, head_px + _CELL_PX + 4 + line * (TEXT_PX + 3)), text, fill=FAINT, font=plain)
+        draw.text((GAP_PX, head_px + _CELL_PX + 4 + line * (TEXT_PX + 3)), text, fill=FAINT, font=plain)
     for column, scale in enumerate(scales, start=1):
-        left = _GAP_PX + column * column_px
+        left = GAP_PX + column * column_px
         draw.text((left, head_px - TEXT_PX - 6), f"{scale:g}×", fill=INK, font=bold)
         for row, method in enumerate(methods):
             top = head_px + row * row_px
-            cell = cells.get((method, scale))
-            if cell is None:
-                draw.rectangle((left, top, left + _CELL_PX - 1, top + _CELL_PX - 1), outline=FAINT)
-                draw.text((left + 8, top + 8), "not computed", fill=FAINT, font=plain)
+            chain = cells.get((method, scale))
+            shot = chain.shots[-1] if chain is not None else None
+            if shot is None:
+                draw_absent(draw, (left, top), _CELL_PX)
             else:
-                with Image.open(cell.image) as image:
-                    canvas.paste(image.convert("RGB").resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS), (left, top))
-            caption = f'{method}: "{cell.prompt}"' if cell is not None and cell.prompt else method
+                canvas.paste(read_cell(shot.image, _CELL_PX), (left, top))
+            caption = f'{method}: "{shot.prompt}"' if shot is not None and shot.prompt else method
             for line, text in enumerate(wrap(caption, _CELL_PX, lines=_CAPTION_LINES)):
                 draw.text((left, top + _CELL_PX + 4 + line * (TEXT_PX + 3)), text, fill=INK if line == 0 else FAINT, font=plain)
     return canvas
 
 
-def _photo(start: Path, cells: Sequence[StripState]) -> Image.Image:
+def _photo(start: Path, chains: Iterable[ShownChain]) -> Image.Image:
     """The start state with a frame around what each scale shows."""
-    with Image.open(start) as image:
-        photo = image.convert("RGB").resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS)
+    photo = read_cell(start, _CELL_PX)
     draw = ImageDraw.Draw(photo)
-    regions = sorted({region for cell in cells for region in cell.regions}, key=lambda region: -region.side)
+    regions = sorted({shot.region for chain in chains for shot in chain.shots}, key=lambda region: -region.side)
     sides = sorted({round(region.side, 6) for region in regions}, reverse=True)
     for region in regions:
         color = PALETTE[sides.index(round(region.side, 6)) % len(PALETTE)]
@@ -115,16 +81,16 @@ def draw_zoom(
     plain, bold = font(), font(TEXT_PX + 3)
     head_px, caption_px = 2 * TEXT_PX + 4, 3 * (TEXT_PX + 3) + 6
     widths = [max(80, round(_CELL_PX * image.width / image.height)) for image in [photo, *(picture[0] for picture in pictures)]]
-    canvas = Image.new("RGB", (sum(widths) + _GAP_PX * (len(widths) + 1), head_px + _CELL_PX + caption_px), BACKGROUND)
+    canvas = Image.new("RGB", (sum(widths) + GAP_PX * (len(widths) + 1), head_px + _CELL_PX + caption_px), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    canvas.paste(photo.resize((widths[0], _CELL_PX), Image.Resampling.LANCZOS), (_GAP_PX, head_px))
+    canvas.paste(photo.resize((widths[0], _CELL_PX), Image.Resampling.LANCZOS), (GAP_PX, head_px))
     for index, (left, top, width, height) in enumerate(rects):
-        x, y = _GAP_PX + left * widths[0], head_px + top * _CELL_PX
+        x, y = GAP_PX + left * widths[0], head_px + top * _CELL_PX
         edges = (x - 1, y - 1, max(x + width * widths[0], x + 2), max(y + height * _CELL_PX, y + 2))
         draw.rectangle(edges, outline=PALETTE[index % len(PALETTE)], width=2)
-    left_px = _GAP_PX
+    left_px = GAP_PX
     for width_px, (image, scale, prompt), index in zip(widths[1:], pictures, range(len(pictures)), strict=True):
-        left_px += widths[index] + _GAP_PX
+        left_px += widths[index] + GAP_PX
         draw.text((left_px, 8), scale, fill=PALETTE[index % len(PALETTE)], font=bold)
         canvas.paste(image.resize((width_px, _CELL_PX), Image.Resampling.LANCZOS), (left_px, head_px))
         for line, text in enumerate(wrap(prompt, width_px, lines=3)):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw
 
 from coz.image import Region
-from coz.plots.chains import ShownChain
 from coz.plots.drawing import (
     BACKGROUND,
     FAINT,
@@ -24,6 +23,7 @@ from coz.plots.drawing import (
     wrap,
     write_lines,
 )
+from coz.stored_chains import ShownChain
 
 _HEAD_PX = 2 * TEXT_PX
 PROMPT_LINES = 4

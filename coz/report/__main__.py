@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from coz.errors import UserError
+from coz.errors import UserError, exit_code
 from coz.report.page import render
 from coz.report.pictures import Pictures
 from coz.report.reading import read_results, title_of
@@ -69,13 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-mb", type=float, default=12.0, help="leave pictures out beyond this size (%(default)s)")
     given = vars(parser.parse_args(arguments))
     out = given.pop("out") or given["runs"][0] / "report.html"
-    try:
+
+    def write() -> None:
         path = write_report(out=out, **given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return 0
+        print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+    return exit_code(write)
 
 
 if __name__ == "__main__":

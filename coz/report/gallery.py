@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from coz.image import Region, View
 from coz.report.curves import color_of
 from coz.report.pictures import Pictures
-from coz.report.reading import Chain, Results
+from coz.report.reading import Results
+from coz.stored_chains import Chain
 from coz.tables import Column, Row, method_order
 
 
@@ -62,29 +62,12 @@ def _start(results: Results, pictures: Pictures, chains: Mapping[tuple[str, floa
     longest = max(chains.values(), key=lambda chain: len(chain.steps))
     style = pictures.embed(longest.start) or "absent"
     frames = []
-    for index, region in enumerate(_regions(results, longest)):
+    for index, region in enumerate(results.states.regions(longest)):
         place = f'x="{region.left:.5f}" y="{region.top:.5f}" width="{region.side:.5f}" height="{region.side:.5f}"'
         frames.append(f'<rect {place} fill="none" stroke="{color_of(index)}" stroke-width="0.006"/>')
     drawing = f'<svg viewBox="0 0 1 1" aria-hidden="true">{"".join(frames)}</svg>'
     label = 'role="img" aria-label="the start, with a frame around each view"'
     return f'<figure><div class="picture {style}" {label}>{drawing}</div><figcaption>start</figcaption></figure>'
-
-
-def _regions(results: Results, chain: Chain) -> list[Region]:
-    from PIL import Image
-
-    path = results.states.image(chain.start)
-    if path is None:
-        return []
-    with Image.open(path) as image:
-        state_px = image.width
-    region, regions = Region(), []
-    for step in chain.steps:
-        meta = results.states.meta(step.key)
-        assert meta is not None  # the chain was read through it
-        region = region.inside(View(**meta["view"]), state_px)
-        regions.append(region)
-    return regions
 
 
 def _prompts(chains: Mapping[tuple[str, float], Chain], methods: Sequence[str]) -> str:

@@ -13,8 +13,9 @@ from coz.report.curves import color_of, draw_curves
 from coz.report.gallery import ranked_section, strips_section
 from coz.report.pictures import Pictures
 from coz.report.prompt_statistics import PromptStatistics, by_step
-from coz.report.reading import Chain, JobFiles, Results, paper_values
+from coz.report.reading import JobFiles, Results, paper_values
 from coz.report.tuning import tuning_section
+from coz.stored_chains import Chain
 from coz.tables import Table, differences_table, method_order, results_table, summarise
 
 # Nothing may be fetched, whatever the page holds.

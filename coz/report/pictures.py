@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from coz.report.reading import StateFolder
+from coz.stored_chains import StateFolder
 
 
 class Pictures:

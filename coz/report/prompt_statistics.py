@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coz.report.reading import Chain
+from coz.stored_chains import Chain
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from coz.errors import UserError
 from coz.results import RECORD, Gathered, gather
+from coz.stored_chains import StateFolder
 from coz.tables import Row
 
 PAPER_TABLE = Path(__file__).parents[1] / "assets" / "paper" / "table1.csv"
@@ -29,58 +30,6 @@ class JobFiles:
     provenance: dict[str, object]
     states_computed: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class ChainStep:
-    """One state of a chain, as its `state.json` describes it."""
-
-    key: str
-    step: int
-    scale: float
-    prompt: str
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A finished state's way from the photograph, in order of the steps."""
-
-    start: str
-    """The start state's key."""
-    steps: tuple[ChainStep, ...]
-
-
-@dataclass
-class StateFolder:
-    """Reads chains out of a state store without ever writing to it."""
-
-    root: Path | None
-    """None: the states are not here, and everything is absent."""
-    _metas: dict[str, dict | None] = field(default_factory=dict)
-
-    def image(self, key: str) -> Path | None:
-        """A state's picture, or None where it is gone."""
-        path = self.root / key / "image.png" if self.root and key else None
-        return path if path is not None and path.is_file() else None
-
-    def meta(self, key: str) -> dict | None:
-        """A state's description, or None where it is gone."""
-        if key not in self._metas:
-            try:
-                self._metas[key] = json.loads((self.root / key / "state.json").read_text()) if self.root else None
-            except (FileNotFoundError, json.JSONDecodeError):
-                self._metas[key] = None
-        return self._metas[key]
-
-    def chain(self, key: str) -> Chain | None:
-        """The chain that ends in a state, or None where a state of it is gone."""
-        steps: list[ChainStep] = []
-        while (meta := self.meta(key)) is not None:
-            if meta["step"] == 0:
-                return Chain(key, tuple(reversed(steps)))
-            steps.append(ChainStep(key, int(meta["step"]), float(meta["scale"]), str(meta["prompt"])))
-            key = str(meta["parent"])
-        return None
 
 
 @dataclass(frozen=True)
