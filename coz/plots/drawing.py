@@ -69,6 +69,21 @@ def write_lines(
         draw.text((at[0], at[1] + number * step_px), line, fill=color, font=font(size_px))
 
 
+def blank_figure(columns: int, height_px: int, cell_px: int) -> Image.Image:
+    """An empty figure of so many columns of cells, GAP + columns (cell + GAP) px wide."""
+    return Image.new("RGB", (left_of(columns, cell_px), height_px), BACKGROUND)
+
+
+def left_of(column: int, cell_px: int) -> int:
+    """Where a column of cells begins."""
+    return GAP_PX + column * (cell_px + GAP_PX)
+
+
+def write_credit(draw: ImageDraw.ImageDraw, top: int, credit: str, *, width_px: int) -> None:
+    """A faint line under a row, over the width of the figure."""
+    write_lines(draw, (GAP_PX, top), wrap(credit, width_px - 2 * GAP_PX, lines=1), color=FAINT)
+
+
 def read_cell(path: Path, cell_px: int) -> Image.Image:
     """A state as a cell of a figure."""
     with Image.open(path) as image:

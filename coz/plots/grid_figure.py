@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw
 
 from coz.plots.drawing import (
-    BACKGROUND,
-    FAINT,
     GAP_PX,
     INK,
     LINE_PX,
     TEXT_PX,
+    blank_figure,
     draw_absent,
     draw_box,
     font,
+    left_of,
     read_cell,
     wrap,
-    write_lines,
+    write_credit,
 )
 from coz.stored_chains import ShownChain
 
@@ -49,12 +49,11 @@ def draw_grid(
     wrapped = [wrap(head, cell_px, lines=2, size_px=TEXT_PX + 1) for head in heads]
     head_px = max(map(len, wrapped)) * LINE_PX + 6
     height = GAP_PX + head_px + len(photos) * len(scales) * (cell_px + GAP_PX) + len(credited) * (LINE_PX + 10)
-    canvas = Image.new("RGB", (GAP_PX + (1 + len(methods)) * (cell_px + GAP_PX), height), BACKGROUND)
+    canvas = blank_figure(1 + len(methods), height, cell_px)
     draw = ImageDraw.Draw(canvas)
     for column, lines in enumerate(wrapped):
-        left = GAP_PX + column * (cell_px + GAP_PX)
         for number, words in enumerate(lines):
-            at = (left + cell_px / 2, GAP_PX + number * LINE_PX)
+            at = (left_of(column, cell_px) + cell_px / 2, GAP_PX + number * LINE_PX)
             draw.text(at, words, fill=INK, font=font(TEXT_PX + 1), anchor="ma")
     top = GAP_PX + head_px
     for photo in photos:
@@ -63,8 +62,7 @@ def draw_grid(
             _row(canvas, draw, row, scale, top, cell_px)
             top += cell_px + GAP_PX
         if photo in credited:
-            line = wrap(credits[photo], canvas.width - 2 * GAP_PX, lines=1)
-            write_lines(draw, (GAP_PX, top - GAP_PX + 3), line, color=FAINT)
+            write_credit(draw, top - GAP_PX + 3, credits[photo], width_px=canvas.width)
             top += LINE_PX + 10
     return canvas
 
@@ -86,7 +84,7 @@ def _row(
         draw_absent(draw, (GAP_PX, top), cell_px)
     _tag(draw, (GAP_PX, top), f"{scale:g}×")
     for column, chain in enumerate(row, start=1):
-        at = (GAP_PX + column * (cell_px + GAP_PX), top)
+        at = (left_of(column, cell_px), top)
         if chain is None or not chain.shots:
             draw_absent(draw, at, cell_px)
         else:

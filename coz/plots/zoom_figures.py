@@ -8,19 +8,21 @@ from PIL import Image, ImageDraw
 
 from coz.image import Region
 from coz.plots.drawing import (
-    BACKGROUND,
     FAINT,
     GAP_PX,
     INK,
     LINE_PX,
     TEXT_PX,
+    blank_figure,
     color_of,
     draw_absent,
     draw_border,
     draw_box,
     font,
+    left_of,
     read_cell,
     wrap,
+    write_credit,
     write_lines,
 )
 from coz.stored_chains import ShownChain
@@ -42,15 +44,14 @@ def draw_zoom_rows(
         credits: photograph → a line under its row.
     """
     caption_px = LINE_PX + 12 if any(credits.get(photo) for photo in chains) else 0
-    canvas = _canvas(len(scales) + 1, GAP_PX + _HEAD_PX + len(chains) * (cell_px + caption_px + GAP_PX), cell_px)
+    canvas = blank_figure(len(scales) + 1, GAP_PX + _HEAD_PX + len(chains) * (cell_px + caption_px + GAP_PX), cell_px)
     draw = ImageDraw.Draw(canvas)
     _heads(draw, scales, cell_px)
     for row, (photo, chain) in enumerate(chains.items()):
         top = GAP_PX + _HEAD_PX + row * (cell_px + caption_px + GAP_PX)
         _chain_row(canvas, draw, chain, scales, top, cell_px)
         if credits.get(photo):
-            line = wrap(credits[photo], canvas.width - 2 * GAP_PX, lines=1)
-            write_lines(draw, (GAP_PX, top + cell_px + 4), line, color=FAINT)
+            write_credit(draw, top + cell_px + 4, credits[photo], width_px=canvas.width)
     return canvas
 
 
@@ -64,7 +65,7 @@ def draw_prompt_rows(chains: Mapping[str, ShownChain], *, scales: Sequence[float
     """
     prompt_px, label_px = PROMPT_LINES * LINE_PX + 8, TEXT_PX + 12
     row_px = label_px + cell_px + prompt_px + GAP_PX
-    canvas = _canvas(len(scales) + 1, GAP_PX + _HEAD_PX + len(chains) * row_px, cell_px)
+    canvas = blank_figure(len(scales) + 1, GAP_PX + _HEAD_PX + len(chains) * row_px, cell_px)
     draw = ImageDraw.Draw(canvas)
     _heads(draw, scales, cell_px)
     for row, (label, chain) in enumerate(chains.items()):
@@ -77,22 +78,14 @@ def draw_prompt_rows(chains: Mapping[str, ShownChain], *, scales: Sequence[float
             if shot is not None:
                 text = f"“{shot.prompt}”" if shot.prompt else "no prompt"
                 lines = wrap(text, cell_px, lines=PROMPT_LINES)
-                place = (_left(column, cell_px), top + label_px + cell_px + 6)
+                place = (left_of(column, cell_px), top + label_px + cell_px + 6)
                 write_lines(draw, place, lines, color=INK if shot.prompt else FAINT)
     return canvas
 
 
-def _canvas(columns: int, height_px: int, cell_px: int) -> Image.Image:
-    return Image.new("RGB", (GAP_PX + columns * (cell_px + GAP_PX), height_px), BACKGROUND)
-
-
-def _left(column: int, cell_px: int) -> int:
-    return GAP_PX + column * (cell_px + GAP_PX)
-
-
 def _heads(draw: ImageDraw.ImageDraw, scales: Sequence[float], cell_px: int) -> None:
     for column, text in enumerate(["input", *(f"{scale:g}×" for scale in scales)]):
-        middle = _left(column, cell_px) + cell_px / 2
+        middle = left_of(column, cell_px) + cell_px / 2
         draw.text((middle, GAP_PX), text, fill=color_of(column) if column else INK, font=font(TEXT_PX + 3), anchor="ma")
 
 
@@ -103,7 +96,7 @@ def _chain_row(
     canvas.paste(read_cell(chain.start, cell_px), (GAP_PX, top))
     shown, column_before = Region(), 0
     for column, scale in enumerate(scales, start=1):
-        at = (_left(column, cell_px), top)
+        at = (left_of(column, cell_px), top)
         shot = next((shot for shot in chain.shots if shot.scale == scale), None)
         if shot is None:
             draw_absent(draw, at, cell_px)
@@ -111,7 +104,7 @@ def _chain_row(
         canvas.paste(read_cell(shot.image, cell_px), at)
         draw_border(draw, at, cell_px, color_of(column))
         box = _within(shot.region, shown)
-        draw_box(draw, (_left(column_before, cell_px), top), cell_px, box, color_of(column))
+        draw_box(draw, (left_of(column_before, cell_px), top), cell_px, box, color_of(column))
         shown, column_before = shot.region, column
 
 
