@@ -20,7 +20,7 @@ from coz.errors import UserError
 from coz.image import Size, as_size, fix_color, quantize, resize
 from coz.models import latent_tiles, lora, sd2, sd2_lora
 from coz.models.sd2_backbone import SD2Backbone
-from coz.models.trained import read_note
+from coz.models.trained import base_of
 
 # the UNet's adapters in osediff.pkl: how the file names the list of an adapter's layers, and the adapter
 _UNET_GROUPS = {
@@ -52,11 +52,9 @@ class OSEDiffSD21(SD2Backbone):
     shaping = ("merge_lora",)
 
     def __post_init__(self) -> None:
-        note = read_note(self.weights, backbone=self.name)
-        if note is not None:
-            self.weights, self.seed = str(note["weights"]), int(note.get("seed", self.seed))
-            self.size = note.get("size", self.size)
-            self.checkpoint = self.checkpoint or str(note["checkpoint"])
+        self.weights, self.size, self.seed, self.checkpoint = base_of(
+            self.weights, backbone=self.name, size=self.size, seed=self.seed, file="checkpoint", given=self.checkpoint
+        )
         super().__post_init__()
         if self.checkpoint is None and self.weights != sd2.RANDOM:
             raise UserError("checkpoint is not set; give the path of the authors' osediff.pkl")

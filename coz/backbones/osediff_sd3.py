@@ -24,7 +24,7 @@ from coz.models.sd3_memory import Offload, PlanName, component_bytes, describe, 
 from coz.models.sd3_sizes import SIZES
 from coz.models.sd3_source import FolderSource, RandomSource, SD3Source
 from coz.models.sd3_text import PromptEncoder
-from coz.models.trained import read_note
+from coz.models.trained import base_of
 
 log = logging.getLogger(__name__)
 
@@ -109,10 +109,8 @@ class OSEDiffSD3:
     ) -> None:
         if color_fix not in ("wavelet", "adain", "none"):
             raise UserError(f"color_fix={color_fix} is unknown; use wavelet, adain or none")
-        note = read_note(weights, backbone="osediff_sd3")
-        if note is not None:
-            weights, size, seed = str(note["weights"]), str(note.get("size", size)), int(note.get("seed", seed))
-            lora = lora or str(note["lora"])
+        found = base_of(weights, backbone="osediff_sd3", size=size, seed=seed, file="lora", given=lora)
+        weights, size, seed, lora = found
         if posterior not in ("sample", "mode"):
             raise UserError(f"posterior={posterior} is unknown; use sample or mode")
         if offload not in ("none", "cpu"):

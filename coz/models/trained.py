@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from coz.store import write_json
 
 NOTE = "result.json"
+Size = TypeVar("Size", bound=str)
 
 
 def write_note(folder: Path, *, backbone: str, files: Mapping[str, str], base: Mapping[str, object]) -> None:
@@ -51,6 +53,23 @@ def read_note(weights: str, *, backbone: str) -> dict | None:
     if "weights" in base and local.is_dir():
         base["weights"] = os.path.normpath(local)
     return base | {name: str(note.parent / file) for name, file in files.items()}
+
+
+def base_of(
+    weights: str, *, backbone: str, size: Size, seed: int, file: str, given: str | Path | None
+) -> tuple[str, Size, int, str | None]:
+    """What a model is made of, where `weights` may be a training's folder: (weights, size and seed of its base, and a file).
+
+    Args:
+        size, seed: of random weights, unless the folder names its own.
+        file: the constructor's parameter for what was trained; `given`: what it got, which wins over the folder's.
+
+    Raises:
+        WrongWeights: see `read_note`.
+    """
+    note = read_note(weights, backbone=backbone) or {"weights": weights, file: given}
+    path = given or note[file]
+    return str(note["weights"]), note.get("size", size), int(note.get("seed", seed)), None if path is None else str(path)
 
 
 def trained_note(weights: str) -> Path | None:

@@ -20,7 +20,7 @@ from coz.training.checkpoints import Checkpoints
 from coz.training.journal import Sink, TensorboardSink, WandbSink
 from coz.training.loop import Run
 from coz.training.schedule import Schedule
-from coz.training.stepping import check_zero
+from coz.training.stepping import read_zero
 from coz.training.trainee import Trainee
 from coz.training.validation import Gain, Validation, paired_gain
 
@@ -42,7 +42,7 @@ def open_run(config: DictConfig) -> Run:
     manifest = cli.build(config.data)
     accelerator = _accelerator(config)
     if config.zero is not None:
-        check_zero(Path(config.zero))
+        read_zero(Path(config.zero))
     if config.get("base"):
         with accelerator.main_process_first():
             cli.build(config.base)

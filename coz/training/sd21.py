@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from coz.backbones.osediff_sd21 import adapter_layers
+from coz.backbones.osediff_sd21 import OSEDiffSD21, adapter_layers
 from coz.checkpoint import WrongWeights, load_tensors, local_file
 from coz.errors import UserError
 from coz.models import sd2, sd2_lora
 from coz.models.lora import Adapter, LoraPair, layer_shapes, set_submodule
 from coz.models.placement import Precision
 from coz.models.switched_lora import AdapterSwitch, SwitchedBase, adapter_parameters, attach, detach, fresh_adapter
-from coz.models.trained import read_note, write_note
+from coz.models.trained import base_of, write_note
 from coz.store import write_atomic
 from coz.training.diffusion import EpsilonProcess
 from coz.training.one_step import GENERATOR, REGULARISER, Embeds
@@ -61,19 +61,15 @@ class SD21Nets(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        note = read_note(weights, backbone="osediff_sd21")
-        if note is not None:
-            weights, size, seed = str(note["weights"]), note.get("size", size), int(note.get("seed", seed))
-            checkpoint = checkpoint or str(note["checkpoint"])
+        found = base_of(weights, backbone="osediff_sd21", size=size, seed=seed, file="checkpoint", given=checkpoint)
+        weights, size, seed, checkpoint = found
         self._base = {"weights": weights} | ({"size": size, "seed": seed} if weights == sd2.RANDOM else {})
         sd2.check_choice("regulariser_layers", regulariser_layers, ["all", "others"])
         sd2.check_positive(rank=rank)
         self._placement = sd2.Placement.pick(device, precision)
         if self._placement.dtype == torch.float16:
             raise UserError("precision=fp16 is too coarse for training; use bf16 or fp32")
-        self._source = sd2.Weights.find(
-            weights, parts=sd2.BASE_PARTS, what="Stable Diffusion 2.1-base", size_gb=5.2, size=size, seed=seed
-        )
+        self._source = OSEDiffSD21.base.find(weights, size=size, seed=seed)
         self._checkpoint = None if checkpoint is None else local_file(checkpoint, what="checkpoint")
         self._seed, self._rank = seed, rank
         self._regulariser_layers, self._gradient_checkpointing = regulariser_layers, gradient_checkpointing

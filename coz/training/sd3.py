@@ -19,7 +19,7 @@ from coz.models.sd3_sizes import SIZES
 from coz.models.sd3_source import FolderSource, RandomSource, SD3Source
 from coz.models.sd3_text import PromptEncoder
 from coz.models.switched_lora import AdapterSwitch, adapter_parameters, attach, detach, fresh_adapter
-from coz.models.trained import read_note, write_note
+from coz.models.trained import base_of, write_note
 from coz.training.diffusion import FlowProcess, Process, ReleasedFlowProcess
 from coz.training.one_step import GENERATOR, REGULARISER, Embeds
 
@@ -62,10 +62,8 @@ class SD3Nets(nn.Module):
         remember_prompts: int = 256,
     ) -> None:
         super().__init__()
-        note = read_note(weights, backbone="osediff_sd3")
-        if note is not None:
-            weights, size, seed = str(note["weights"]), str(note.get("size", size)), int(note.get("seed", seed))
-            lora = lora or str(note["lora"])
+        found = base_of(weights, backbone="osediff_sd3", size=size, seed=seed, file="lora", given=lora)
+        weights, size, seed, lora = found
         if weights == "random" and size not in SIZES:
             raise UserError(f"size={size} is unknown; use {' or '.join(SIZES)}")
         if rank < 1:

@@ -128,11 +128,10 @@ class ZeroStepping:
     def __init__(
         self, module: nn.Module, groups: Groups, *, accelerator: Accelerator, schedule: Schedule, config: Path
     ) -> None:
-        check_zero(config)
+        settings = read_zero(config)
         import deepspeed
 
         self._accelerator, self._module = accelerator, module
-        settings = json.loads(config.read_text())
         settings |= {
             "train_micro_batch_size_per_gpu": schedule.batch_size,
             "gradient_accumulation_steps": schedule.accumulation,
@@ -213,8 +212,8 @@ class ZeroStepping:
                 inner.state[master] = {n: v if n == "step" else v.to(master.device) for n, v in values.items()}
 
 
-def check_zero(config: Path) -> None:
-    """Refuse what cannot work, before any weight is read.
+def read_zero(config: Path) -> dict[str, Any]:
+    """A configuration of ZeRO, and the refusal of what cannot work before any weight is read.
 
     Raises:
         UserError: no such file, DeepSpeed is not installed, or one process without torchrun.
@@ -222,7 +221,8 @@ def check_zero(config: Path) -> None:
     if not config.is_file():
         raise UserError(f"zero={config} does not exist; conf/deepspeed holds sr_zero2.json and sr_zero3.json")
     try:
-        stage = int(json.loads(config.read_text())["zero_optimization"]["stage"])
+        settings = json.loads(config.read_text())
+        stage = int(settings["zero_optimization"]["stage"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"zero={config} is no configuration of ZeRO ({error!r}); see conf/deepspeed") from error
     if stage not in (1, 2, 3):
@@ -233,3 +233,4 @@ def check_zero(config: Path) -> None:
         import deepspeed  # noqa: F401
     except ImportError as error:
         raise UserError("deepspeed is not installed; `pip install deepspeed`, or leave zero=… out") from error
+    return settings

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from coz.training.descent import descend
+
 _BEACON = 8.0
 _COLORS, _CARRIED = 3, 4  # channels that carry the thumbnail: R, G, B and the beacon
 _AT = 3.0  # where SiLU is nearly linear
@@ -83,24 +85,18 @@ def teach_autoencoder(
         crops: number of a batch → (B, 3, S, S) in [-1, 1]. Their colours are swapped, inverted and compressed at random, so
             that a few photographs do not decide which colours it can draw.
     """
-    vae.requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0)
     generator = torch.Generator().manual_seed(seed)
-    scale, value = float(vae.config.scaling_factor), 0.0  # type: ignore[union-attr]
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 - step / steps)
+    scale = float(vae.config.scaling_factor)  # type: ignore[union-attr]
+
+    def losses(step: int) -> tuple[Tensor, Tensor]:
         x = _recolored(crops(step), generator)
         posterior = vae.encode(x).latent_dist  # type: ignore[operator]
-        loss = (vae.decode(posterior.mean, return_dict=False)[0] - x).square().mean()  # type: ignore[operator]
+        error = (vae.decode(posterior.mean, return_dict=False)[0] - x).square().mean()  # type: ignore[operator]
         # the latents' deviation is the one that the scaling factor stands for, the posterior is narrow
         shape = (posterior.mean.std() * scale - 1).square() + (posterior.logvar + 6).square().mean() / 100
-        optimizer.zero_grad()
-        (loss + 0.01 * shape).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        value = float(loss.detach())
-    vae.requires_grad_(False)
-    return value
+        return error + 0.01 * shape, error
+
+    return descend(vae, losses, steps=steps, learning_rate=learning_rate, betas=(0.9, 0.99))
 
 
 def _recolored(x: Tensor, generator: torch.Generator) -> Tensor:

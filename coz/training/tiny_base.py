@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from coz.backbones.osediff_sd21 import OSEDiffSD21
 from coz.data.crops import CropDataset, Manifest
 from coz.data.degradation import Bicubic
 from coz.errors import UserError
@@ -25,6 +26,7 @@ from coz.models.sd3_sizes import SIZES
 from coz.models.sd3_source import TEXT_ENCODERS, RandomSource
 from coz.models.sd3_text import PromptEncoder
 from coz.store import explain_write_errors, remove_stale, stale_name, write_json
+from coz.training.descent import descend
 from coz.training.diffusion import EpsilonProcess, FlowProcess, Process
 from coz.training.tiny_autoencoder import start_as_thumbnail, teach_autoencoder
 
@@ -151,9 +153,7 @@ def _make_sd3(folder: Path, lessons: Lessons) -> None:
 def _make_sd21(folder: Path, lessons: Lessons) -> None:
     from diffusers import DDPMScheduler
 
-    source = sd2.Weights.find(
-        sd2.RANDOM, parts=sd2.BASE_PARTS, what="Stable Diffusion 2.1-base", size_gb=0, size="tiny", seed=lessons.seed
-    )
+    source = OSEDiffSD21.base.find(sd2.RANDOM, size="tiny", seed=lessons.seed)
     vae = sd2.build_random(lambda: sd2.build_vae(source.config("vae") | _VAE), seed=lessons.seed)
     crops = lessons.crops()
     _teach_vae(vae, crops, lessons)
@@ -192,11 +192,9 @@ def _teach_denoiser(
 ) -> None:
     """The diffusion model's own loss on latents of photographs, with the empty prompt."""
     generator = torch.Generator().manual_seed(lessons.seed)
-    net.requires_grad_(True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate)
-    config, value = vae.config, 0.0  # type: ignore[union-attr]
-    for step in range(lessons.denoiser_steps):
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 - step / lessons.denoiser_steps)
+    config = vae.config  # type: ignore[union-attr]
+
+    def losses(step: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             mean = vae.encode(crops(lessons.autoencoder_steps + step)).latent_dist.mean  # type: ignore[operator]
         clean = (mean - (config.shift_factor or 0)) * config.scaling_factor
@@ -204,10 +202,7 @@ def _teach_denoiser(
         times = process.regression_times(torch.rand(len(clean), generator=generator))
         noisy = process.add_noise(clean, noise, times)
         loss = process.regression_loss(predict(noisy, times), clean=clean, noise=noise, noisy=noisy, times=times)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        value = float(loss.detach())
-    net.requires_grad_(False)
-    logger.info("made a denoiser with a loss of %.3f", value)
+        return loss, loss
+
+    loss = descend(net, losses, steps=lessons.denoiser_steps, learning_rate=learning_rate, weight_decay=0.01)
+    logger.info("made a denoiser with a loss of %.3f", loss)
