@@ -26,7 +26,7 @@ from coz.evaluation import Failure, Lineage, Plan, Reference, plan_for
 from coz.measuring import Labels, measure, row_order
 from coz.metrics import Metric
 from coz.models.placement import pick_device
-from coz.parts import tell_memory
+from coz.parts import build_pair
 from coz.prompters.base import Prompter
 from coz.store import write_json
 from coz.tables import Column, Refusal, Row
@@ -154,25 +154,11 @@ def build_parts(job: Job, photos: Sequence[Photo]) -> Parts:
     engine: Engine = cli.build(config.engine)  # type: ignore[assignment]
     if task.fresh_answers and "cache_dir" in config.prompter:
         config.prompter.cache_dir = None
-    built, missing = [], []
-    for node in (config.backbone, config.prompter):
-        try:
-            built.append(cli.build_model(node))
-        except WeightsNotFound as error:
-            missing.append(str(error))
-    if missing:
-        hint = "; `profile=embedded` runs at once with weights that come with pip" if config.profile.name == "paper" else ""
-        raise WeightsNotFound("; ".join(dict.fromkeys(missing)) + hint)
-    backbone, prompter = built
-    tell_memory(
-        config.memory,
-        {"backbone": backbone, "prompter": prompter},
-        batch=plan.batch_size,
-        together=bool(config.engine.get("overlap", True)),
-    )
+    together = bool(config.engine.get("overlap", True))
+    backbone, prompter = build_pair(config, batch=plan.batch_size, together=together)
     settings = StepSettings(
-        backbone=backbone,  # type: ignore[arg-type]
-        prompter=prompter,  # type: ignore[arg-type]
+        backbone=backbone,
+        prompter=prompter,
         rounding=config.protocol.rounding,
         first_pair=config.chain.first_pair,
     )

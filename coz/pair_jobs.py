@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from coz import cli
 from coz.chain import MAX_FACTOR, StepSettings, look, seed_of
-from coz.checkpoint import WeightsNotFound
 from coz.data.photos import Photo
 from coz.errors import UserError
 from coz.evaluation import Lineage, Plan, StateMaker
 from coz.image import View, from_pil, read_photo
 from coz.models.placement import pick_device
-from coz.parts import tell_memory
+from coz.parts import build_pair
 from coz.store import StateStore, StoredState, write_json
 
 logger = logging.getLogger(__name__)
@@ -67,14 +66,6 @@ def build_parts(job: Job) -> Parts:
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} must be at least 1")
     photos = cli.build(config.dataset)
-    built, missing = [], []
-    for node in (config.backbone, config.prompter):
-        try:
-            built.append(cli.build_model(node))
-        except WeightsNotFound as error:
-            missing.append(str(error))
-    if missing:
-        raise WeightsNotFound("; ".join(dict.fromkeys(missing)))
     on_gpu = pick_device(config.device).type == "cuda"
     plan = Plan(
         factors=[MAX_FACTOR] * (config.max_depth - 1),
@@ -84,11 +75,9 @@ def build_parts(job: Job) -> Parts:
         start_rounding=config.protocol.start_rounding,
         batch_size=config.batch_size or (_GPU_BATCH if on_gpu else 1),
     )
-    tell_memory(
-        config.memory, {"backbone": built[0], "prompter": built[1]}, batch=plan.batch_size, together=config.memory.overlap
-    )
+    backbone, prompter = build_pair(config, batch=plan.batch_size, together=bool(config.memory.overlap))
     settings = StepSettings(
-        backbone=built[0], prompter=built[1], rounding=config.protocol.rounding, first_pair=config.chain.first_pair
+        backbone=backbone, prompter=prompter, rounding=config.protocol.rounding, first_pair=config.chain.first_pair
     )
     chains = [
         dataclasses.replace(photo, at=random_place(photo.name, place, seed=config.seed))

@@ -116,6 +116,38 @@ def parts_of(config: Any) -> tuple[Backbone, Prompter]:
     return backbone, prompter
 
 
+def build_pair(config: Any, *, batch: int, together: bool) -> tuple[Backbone, Prompter]:
+    """The backbone and prompter of a resolved configuration, for many images: their joint need of memory is told.
+
+    Args:
+        batch, together: see `tell_memory`.
+
+    Raises:
+        WeightsNotFound: all that is missing, in one sentence.
+        NotEnoughMemory: see `tell_memory`.
+    """
+    from coz import cli
+    from coz.checkpoint import WeightsNotFound
+
+    built: list[Any] = []
+    missing = []
+    for node in (config.backbone, config.prompter):
+        try:
+            built.append(cli.build_model(node))
+        except WeightsNotFound as error:
+            missing.append(str(error))
+    if missing:
+        raise WeightsNotFound("; ".join(dict.fromkeys(missing)) + _hint(config))
+    backbone, prompter = built
+    tell_memory(config.memory, {"backbone": backbone, "prompter": prompter}, batch=batch, together=together)
+    return backbone, prompter
+
+
+def _hint(config: Any) -> str:
+    """What to do at once where the paper's weights are not here."""
+    return "; `profile=embedded` runs at once with weights that come with pip" if config.profile.name == "paper" else ""
+
+
 def tell_memory(plan: Any, parts: Mapping[str, object], *, batch: int, together: bool = False) -> None:
     """Log what models that share a device need of it together, where that is worth a word (from 1 GB on).
 
@@ -173,6 +205,4 @@ def _build_node(config: Any, group: str) -> Any:
     try:
         return cli.build_model(config[group])
     except WeightsNotFound as error:
-        hint = "; `profile=embedded` runs at once with weights that come with pip"
-        profile = config.profile.name
-        raise WeightsNotFound(f"{error}{hint if profile == 'paper' else ''}") from error
+        raise WeightsNotFound(f"{error}{_hint(config)}") from error

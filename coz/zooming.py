@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,8 @@ from coz.errors import UserError
 from coz.framing import Frame, Point, Rect, Window, between, frame_of, parse_rect
 from coz.image import Rounding, encode_png, from_pil, read_photo, to_pil
 from coz.parts import Enlarge, build_parts
-from coz.prompters.base import Prompt, Prompter
+from coz.prompters.base import Prompter
+from coz.prompters.typed import TypedPrompter
 from coz.provenance import note_on
 from coz.store import StateStore, fingerprint
 
@@ -211,23 +213,6 @@ def _follow(frame: Frame, rects: Sequence[Rect], max_factor: float) -> Route:
 
 
 @dataclass(frozen=True)
-class TypedPrompter:
-    """Words that a person typed instead of a prompter's."""
-
-    text: str
-
-    @property
-    def fingerprint(self) -> Mapping[str, object]:
-        return {"name": "typed", "weights": None, "text": self.text}
-
-    def load(self) -> None:
-        """Nothing to read."""
-
-    def __call__(self, current: Tensor, context: Tensor | None, *, seeds: Sequence[int] | None = None) -> list[str]:
-        return [Prompt(self.text)] * len(current)
-
-
-@dataclass(frozen=True)
 class Zoomer:
     """Makes the states of a route, each once: with a store a rerun, or one with other words at a late step, reads what is
     there and computes the rest."""
@@ -282,16 +267,16 @@ class Zoomer:
         rect = state.rect.inside(window, (state.image.height, state.image.width))
         scale = round(self.route.frame.rect.width / rect.width, 6)
 
-        def note(prompt: str) -> dict[str, str]:
-            models = {"backbone": settings.backbone.fingerprint, "prompter": settings.prompter.fingerprint}
-            return note_on(**models, scale=scale, fingerprint=key, prompt=prompt)
-
+        backbone, prompter = settings.backbone.fingerprint, settings.prompter.fingerprint
+        note = functools.partial(
+            note_on, backbone=backbone, prompter=prompter, scale=scale, fingerprint=key
+        )  # lacks the prompt
         image, prompt, raw = self._stored(key, compute, made_by, note) if self.store else _unpack(compute())
-        image.info.update(note(prompt))
+        image.info.update(note(prompt=prompt))
         return ZoomState(step, image, rect, scale, prompt, raw, window, key)
 
     def _stored(
-        self, key: str, compute: object, made_by: Mapping[str, object], note: Callable[[str], Mapping[str, str]]
+        self, key: str, compute: object, made_by: Mapping[str, object], note: Callable[..., Mapping[str, str]]
     ) -> tuple[Image.Image, str, str]:
         store = self.store
         assert store is not None
@@ -301,7 +286,7 @@ class Zoomer:
                 found = store.get(key)  # another process may have made it meanwhile
                 if found is None:
                     image, prompt, raw = _unpack(compute())  # type: ignore[operator]
-                    data = encode_png(image, note=note(prompt))
+                    data = encode_png(image, note=note(prompt=prompt))
                     found = store.put(key, data, {"prompt": prompt, "raw_prompt": raw, "made_by": made_by})
         with Image.open(found.image_path) as file:
             return file.convert("RGB"), str(found.meta["prompt"]), str(found.meta["raw_prompt"])
