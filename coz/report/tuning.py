@@ -9,10 +9,8 @@ from pathlib import Path
 from coz.errors import UserError
 from coz.plots.failures_figure import Completion, Example, choose_examples, completion_steps, read_completions
 from coz.plots.rewards import PANELS, read_curves, run_label
-from coz.report.curves import color_of, ticks
+from coz.report.curves import Frame, color_of, dot, polyline, ticks
 
-_WIDTH, _HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 30
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
@@ -47,34 +45,20 @@ def draw_lines(label: str, curves: Mapping[str, Curve], order: Sequence[str]) ->
     values = [value for _, own in curves.values() for value in own]
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.05
-    low, high = low - margin, high + margin
+    frame = Frame(low - margin, high + margin, height=220, bottom=30, inset=6, mark_above=10)
     first, last = min(steps), max(steps)
 
     def x_of(step: float) -> float:
-        share = (step - first) / (last - first) if last > first else 0.5
-        return _LEFT + 6 + share * (_WIDTH - _LEFT - _RIGHT - 12)
+        return frame.x_of((step - first) / (last - first) if last > first else 0.5)
 
-    def y_of(value: float) -> float:
-        return _TOP + (high - value) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-
-    parts = []
-    for value in ticks(low, high):
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y_of(value):.1f}" y2="{y_of(value):.1f}"/>'
-            f'<text x="{_LEFT - 6}" y="{y_of(value) + 4:.1f}" text-anchor="end">{value:g}</text>'
-        )
-    for step in ticks(first, last, 4):
-        parts.append(f'<text x="{x_of(step):.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{step:g}</text>')
+    parts = [*frame.grid(), *(frame.mark(x_of(step), f"{step:g}") for step in ticks(first, last, 4))]
     for name, (own_steps, own_values) in curves.items():
         color = color_of(order.index(name))
-        points = [(x_of(step), y_of(value)) for step, value in zip(own_steps, own_values, strict=True)]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{line}"/>')
+        points = [(x_of(step), frame.y_of(value)) for step, value in zip(own_steps, own_values, strict=True)]
+        parts.append(polyline(points, color))
         for (x, y), step, value in zip(points, own_steps, own_values, strict=True):
-            told = escape(f"{name}, step {step:g}: {value:.4f}")
-            parts.append(f'<circle fill="{color}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{told}</title></circle>')
-    name = escape(f"{label} against the step", quote=True)
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+            parts.append(dot(x, y, color, f"{name}, step {step:g}: {value:.4f}", radius=3))
+    return frame.svg(f"{label} against the step", parts)
 
 
 def _examples(run: Path) -> str:
