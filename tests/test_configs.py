@@ -14,26 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from coz import cli
 from coz.errors import UserError
 from coz.paper_tables import find_layout, read_figures
+from tests.config_targets import targets
 
 GROUPS = sorted(folder for folder in cli.CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "deepspeed"))
 NODES = sorted(file for folder in GROUPS for file in folder.glob("*.yaml"))
-
-
-def _targets(node: object, path: str = "") -> list[tuple[str, DictConfig]]:
-    found = []
-    if isinstance(node, DictConfig):
-        if "_target_" in node:
-            found.append((path, node))
-        for key in node:
-            found += _targets(node._get_node(key), f"{path}.{key}")
-    return found
 
 
 @pytest.mark.parametrize("file", NODES, ids=lambda file: f"{file.parent.name}={file.stem}")
 def test_every_node_binds_to_its_target(file: Path):
     """A key that nobody reads, or one that is missing, is an error here, without any weights."""
     node = OmegaConf.load(file)
-    for path, target in _targets(node):
+    for path, target in targets(node):
         function = hydra.utils.get_object(target["_target_"])
         keys = {str(key): None for key in target if not str(key).startswith("_") and str(key) != "defaults"}
         try:

@@ -22,13 +22,13 @@ import pytest
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, ListConfig
 
 import coz
 from coz import cli, precedence
 from coz.apps.arguments import friendly
 from coz.folder_metrics import _SETTINGS as FOLDER_SETTINGS
 from coz.paper_layouts import LAYOUTS
+from tests.config_targets import targets
 from tests.documented import MARK, PAGES, ROOT, Command, commands_of, python_of
 
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
@@ -213,19 +213,6 @@ def resolve_and_bind(config_name: str, overrides: tuple[str, ...], sweep: bool) 
         keys = {str(key): None for key in node if not str(key).startswith("_")}
         (signature.bind_partial if "_partial_" in node else signature.bind)(**keys), path
     _DONE.add(key)
-
-
-def targets(node: object, path: str = "") -> list[tuple[str, DictConfig]]:
-    found = []
-    if isinstance(node, DictConfig):
-        if "_target_" in node:
-            found.append((path, node))
-        for key in node:
-            found += targets(node._get_node(key), f"{path}.{key}")
-    elif isinstance(node, ListConfig) and not node._is_none() and not node._is_missing():
-        for index in range(len(node)):
-            found += targets(node._get_node(index), f"{path}.{index}")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coz.backbones.interpolation import Interpolation
-from coz.chain import StepSettings
 from coz.data.photos import list_photos
-from coz.evaluation import StateMaker
 from coz.image import Region
 from coz.measuring import Labels, measure
 from coz.metrics import ConsistencyStep
@@ -21,12 +18,11 @@ from coz.plots.zoom_figures import PROMPT_LINES
 from coz.provenance import INVENTED
 from coz.report.reading import read_results
 from coz.results import JobRecord, save_job
-from coz.stages import Plan, plan_for
-from coz.store import StateStore
 from coz.stored_chains import read_chain
 from coz.tables import Column
 from coz.training.grpo_trainer import Answer
 from coz.training.grpo_watch import page
+from tests.interpolated import two_methods_at_two_scales
 
 CELL = 64
 
@@ -50,17 +46,11 @@ def run(tmp_path_factory):
         Image.new("RGB", (64, 64), color).save(root / "photos" / f"{name}.png")
     photos = list_photos(path=root / "photos")
     metric = ConsistencyStep()
-    number = 0
-    for method, mode, resampling in (("nn", "direct", "nearest"), ("coz_vlm", "chain", "bicubic")):
-        settings = StepSettings(backbone=Interpolation(resampling=resampling), prompter=Words())
-        for scale in (4.0, 16.0):
-            plan = Plan(factors=plan_for(mode=mode, scale=scale, max_factor=4, start_px=64), start_px=64)
-            lineages = StateMaker(store=StateStore(root / "states"), settings=settings, plan=plan).run(photos)
-            rows = measure(lineages, [], [metric], Labels(method, scale, "photos", "bicubic", "words", "embedded"))
-            columns = [Column(metric.name, metric.label, metric.higher_is_better)]
-            record = JobRecord([f"method={method}", f"scale={scale:g}"], [], columns, {"red": "painted here"})
-            save_job(root / "run" / f"job_{number}", record, rows)
-            number += 1
+    columns = [Column(metric.name, metric.label, metric.higher_is_better)]
+    for number, (method, scale, lineages) in enumerate(two_methods_at_two_scales(root / "states", photos, Words())):
+        rows = measure(lineages, [], [metric], Labels(method, scale, "photos", "bicubic", "words", "embedded"))
+        record = JobRecord([f"method={method}", f"scale={scale:g}"], [], columns, {"red": "painted here"})
+        save_job(root / "run" / f"job_{number}", record, rows)
     return root / "run"
 
 

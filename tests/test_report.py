@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coz.backbones.interpolation import Interpolation
-from coz.chain import StepSettings
 from coz.data.photos import list_photos
 from coz.errors import UserError
-from coz.evaluation import StateMaker
 from coz.measuring import Labels, measure, row_order
 from coz.metrics import ConsistencyInput, ConsistencyStep
 from coz.report.__main__ import main, write_report
@@ -25,9 +22,10 @@ from coz.report.pictures import Pictures
 from coz.report.prompt_statistics import statistics_of, words_of
 from coz.report.reading import StateFolder, paper_values, read_results
 from coz.results import JobRecord, save_job
-from coz.stages import Failure, Plan, plan_for
-from coz.store import StateStore, write_json
+from coz.stages import Failure
+from coz.store import write_json
 from coz.tables import Cell, Column, Refusal
+from tests.interpolated import two_methods_at_two_scales
 
 
 class Brightness:
@@ -68,25 +66,19 @@ def outputs(tmp_path_factory):
         Image.fromarray(pixels).save(root / "photos" / f"{name}.png")
     photos = list_photos(path=root / "photos")
     columns = [Column(metric.name, metric.label, metric.higher_is_better) for metric in METRICS]
-    number = 0
-    for method, mode, resampling in (("nn", "direct", "nearest"), ("coz_vlm", "chain", "bicubic")):
-        settings = StepSettings(backbone=Interpolation(resampling=resampling), prompter=Words())
-        for scale in (4.0, 16.0):
-            plan = Plan(factors=plan_for(mode=mode, scale=scale, max_factor=4, start_px=64), start_px=64)
-            maker = StateMaker(store=StateStore(root / "states"), settings=settings, plan=plan)
-            lineages = maker.run(photos)
-            failures = [Failure("b", "the net broke")] if scale == 16 and method == "nn" else []
-            lineages = [lineage for lineage in lineages if lineage.photo.name not in {f.photo for f in failures}]
-            labels = Labels(method, scale, "photos", "bicubic", "words", "embedded")
-            rows = sorted(measure(lineages, failures, METRICS, labels), key=row_order)
-            folder = root / "evaluate" / "run" / f"job_{number}"
-            refusals = [Refusal("no such package", metric="niqe")] if number == 0 else []
-            record = JobRecord([f"method={method}", f"scale={scale:g}"], refusals, columns, {"a": "made here"})
-            save_job(folder, record, rows)
-            write_json(folder / "timing.json", {"states_computed": 3, "seconds": 1.5})
-            write_json(folder / "provenance.json", {"command": ["evaluate.py"], "commit": "abc", "versions": {"torch": "2.9"}})
-            (folder / "config.yaml").write_text("seed: 0\nprompter:\n  api_key: hush\n  max_new_tokens: 128\n")
-            number += 1
+    made = two_methods_at_two_scales(root / "states", photos, Words())
+    for number, (method, scale, lineages) in enumerate(made):
+        failures = [Failure("b", "the net broke")] if scale == 16 and method == "nn" else []
+        lineages = [lineage for lineage in lineages if lineage.photo.name not in {f.photo for f in failures}]
+        labels = Labels(method, scale, "photos", "bicubic", "words", "embedded")
+        rows = sorted(measure(lineages, failures, METRICS, labels), key=row_order)
+        folder = root / "evaluate" / "run" / f"job_{number}"
+        refusals = [Refusal("no such package", metric="niqe")] if number == 0 else []
+        record = JobRecord([f"method={method}", f"scale={scale:g}"], refusals, columns, {"a": "made here"})
+        save_job(folder, record, rows)
+        write_json(folder / "timing.json", {"states_computed": 3, "seconds": 1.5})
+        write_json(folder / "provenance.json", {"command": ["evaluate.py"], "commit": "abc", "versions": {"torch": "2.9"}})
+        (folder / "config.yaml").write_text("seed: 0\nprompter:\n  api_key: hush\n  max_new_tokens: 128\n")
     return root
 
 
