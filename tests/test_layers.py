@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,9 @@ def test_imports_flow_one_way(module):
 
 def test_no_module_is_named_by_nothing():
     assert not [name for name in FILES if name.rsplit(".", 1)[-1] in ("utils", "common", "helpers", "misc")]
+
+
+def test_a_command_line_is_read_without_pytorch():
+    """`--help`, `--cfg job` and a mistake answer at once."""
+    code = "import sys, coz.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
