@@ -24,7 +24,7 @@ from coz.data.photos import list_photos
 from coz.errors import UserError
 from coz.full_reference import Dists, Lpips, PsnrY, SsimY
 from coz.image import View
-from coz.metrics import Metric, Niqe, Sample, Truth
+from coz.metrics import CANNOT_JUDGE, Metric, Niqe, Sample, Truth
 from coz.store import write_atomic
 from coz.tables import Table
 
@@ -96,7 +96,7 @@ def _values(pair: tuple[str, Path, Path], metrics: Sequence[Metric]) -> list[flo
     for metric in metrics:
         try:
             values.append(_KEPT.setdefault(metric.name, metric)(sample))
-        except (RuntimeError, ValueError, ArithmeticError, OSError) as error:
+        except CANNOT_JUDGE as error:
             print(f"{name}: {metric.name} failed: {error}", file=sys.stderr)
             values.append(math.nan)
     return values

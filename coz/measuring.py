@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coz.metrics import Metric, Sample, Truth
+from coz.metrics import CANNOT_JUDGE, Metric, Sample, Truth
 from coz.stages import Failure, Lineage
 from coz.store import fingerprint, write_json
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
-# What libraries raise at a picture that their metric cannot judge; anything else is a fault of this program.
-_CANNOT_JUDGE = (RuntimeError, ValueError, ArithmeticError, LookupError, AssertionError, OSError)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def cached_value(lineage: Lineage, metric: Metric) -> tuple[float, str]:
         try:
             with _one_thread(getattr(metric, "parallel", False)):
                 value = metric(sample)
-        except _CANNOT_JUDGE as error:
+        except CANNOT_JUDGE as error:
             logger.warning("%s failed on %s", metric.name, lineage.photo.name, exc_info=True)
             reason = f"{metric.name}: {error}"
             continue

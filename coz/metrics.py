@@ -28,6 +28,8 @@ from coz.perceptual import find_trunk, load_lpips, lpips_identity
 
 NIQE_PARAMETERS = Path(__file__).parent / "assets" / "niqe_pris_params.npz"
 PSNR_EPSILON = 1e-8  # as pyiqa adds it to the MSE: equal pictures get 80 dB instead of infinity
+# What libraries raise at a picture that their metric cannot judge; anything else is a fault of this program.
+CANNOT_JUDGE = (RuntimeError, ValueError, ArithmeticError, LookupError, AssertionError, OSError)
 
 
 @dataclass(frozen=True)
