@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 from torch import Tensor
 
-from coz.models.chat import Context, Layout, chat_messages, chat_requests, check_choice, question_for
+from coz.models.chat import ChatRequest, Context, Layout
 from coz.models.decoding import Sampling
 from coz.models.served import ChatServer, ServerError
+from coz.prompters.asking import Asking
 from coz.prompters.base import Prompt
-from coz.prompters.cache import PromptCache, ask_missing, prompt_keys
-from coz.prompters.cleaning import Cleaning, clean_prompt
+from coz.prompters.cleaning import Cleaning
 
 
 class ServedPrompter:
@@ -56,30 +55,21 @@ class ServedPrompter:
             retries=retries,
             backoff_s=backoff_s,
         )
-        self._messages = chat_messages(context=context, layout=layout, question=question)
-        check_choice("cleaning", cleaning, Cleaning)
-        self._sampling = Sampling(
+        sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             repetition_penalty=repetition_penalty,
         )
-        self._context, self._layout, self._cleaning = context, layout, cleaning
-        self._question = question_for(context) if question is None else question
-        self._weights = identity or f"{model} at {base_url.rstrip('/')}"
-        self._cache = PromptCache(cache_dir)
+        self._asking = Asking(context, layout, question, sampling, cleaning, cache_dir)
+        self._identity = {"name": "server", "weights": identity or f"{model} at {base_url.rstrip('/')}"}
         self._checked = False
 
     @functools.cached_property
     def fingerprint(self) -> Mapping[str, object]:
         """The served model, question, layout, sampling and cleaning."""
-        return {**self._identity, "cleaning": self._cleaning}
-
-    @functools.cached_property
-    def _identity(self) -> Mapping[str, object]:
-        asked = {"context": self._context, "layout": self._layout, "question": self._question}
-        return {"name": "server", "weights": self._weights, **asked, "sampling": asdict(self._sampling)}
+        return self._asking.fingerprint(self._identity)
 
     def load(self) -> None:
         """See that the server answers and knows the model; done once.
@@ -97,14 +87,9 @@ class ServedPrompter:
         Raises:
             ServerError: an image could not be described after all tries. What was said of the others is in the cache.
         """
-        requests = chat_requests(current, context, pair=self._context == "pair", messages=self._messages)
-        seeds = [0] * len(requests) if seeds is None else list(seeds)
-        keys = prompt_keys(self._identity, requests, seeds, draws=self._sampling.draws)
 
-        def ask(rows: list[int]) -> list[str | ServerError]:
-            replies = self._server.ask(
-                [requests[row] for row in rows], sampling=self._sampling, seeds=[seeds[row] for row in rows]
-            )
+        def answer(requests: Sequence[ChatRequest], seeds: Sequence[int]) -> list[str | ServerError]:
+            replies = self._server.ask(requests, sampling=self._asking.sampling, seeds=seeds)
             return [reply if isinstance(reply, ServerError) else reply.text for reply in replies]
 
-        return [clean_prompt(raw, self._cleaning) for raw in ask_missing(self._cache, keys, ask)]
+        return self._asking.prompts(current, context, seeds=seeds, model=self._identity, answer=answer)

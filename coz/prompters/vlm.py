@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 from torch import Tensor
 
-from coz.models.chat import Context, Layout, chat_messages, chat_requests, check_choice, question_for
+from coz.models.chat import ChatRequest, Context, Layout
 from coz.models.decoding import Sampling
 from coz.models.device_memory import Demand
 from coz.models.placement import Precision
 from coz.models.random_vlm import Size
 from coz.models.vlm import Offload, Quantization, VisionLanguageModel
+from coz.prompters.asking import Asking
 from coz.prompters.base import Prompt
-from coz.prompters.cache import PromptCache, ask_missing, prompt_keys
-from coz.prompters.cleaning import Cleaning, clean_prompt
+from coz.prompters.cleaning import Cleaning
 
 
 class VlmPrompter:
@@ -51,19 +50,14 @@ class VlmPrompter:
         model: VisionLanguageModel | None = None,
     ) -> None:
         """Args:
-        context: `pair` shows the previous state and the view, `single` the view alone.
-        layout: where the question stands, see `chat_messages`.
-        question: None for the paper's.
-        cleaning: what the backbone gets of the words, see `clean_prompt`.
-        cache_dir: where answers are kept for later runs; None keeps none.
+        context, layout, question, cleaning, cache_dir: see `Asking`.
+        max_new_tokens, …, repetition_penalty: see `Sampling`.
         model: one that exists already, in place of all settings of a model.
 
         Raises:
             UserError: a setting that cannot be, or weights that are missing.
         """
-        self._messages = chat_messages(context=context, layout=layout, question=question)
-        check_choice("cleaning", cleaning, Cleaning)
-        self._sampling = Sampling(
+        sampling = Sampling(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             temperature=temperature,
@@ -71,9 +65,7 @@ class VlmPrompter:
             top_k=top_k,
             repetition_penalty=repetition_penalty,
         )
-        self._context, self._layout, self._cleaning = context, layout, cleaning
-        self._question = question_for(context) if question is None else question
-        self._cache = PromptCache(cache_dir)
+        self._asking = Asking(context, layout, question, sampling, cleaning, cache_dir)
         self._model = model or VisionLanguageModel(
             weights=weights,
             adapter=adapter,
@@ -102,12 +94,11 @@ class VlmPrompter:
     @functools.cached_property
     def fingerprint(self) -> Mapping[str, object]:
         """Model, adapter, question, layout, sampling and cleaning."""
-        return {**self._identity, "cleaning": self._cleaning}
+        return self._asking.fingerprint(self._identity)
 
     @functools.cached_property
     def _identity(self) -> Mapping[str, object]:
-        asked = {"context": self._context, "layout": self._layout, "question": self._question}
-        return {"name": "vlm", **self._model.fingerprint, **asked, "sampling": asdict(self._sampling)}
+        return {"name": "vlm", **self._model.fingerprint}
 
     def demand(self, *, batch: int) -> Demand:
         """Memory of the model, see `Demand`."""
@@ -119,13 +110,8 @@ class VlmPrompter:
 
     def __call__(self, current: Tensor, context: Tensor | None, *, seeds: Sequence[int] | None = None) -> list[Prompt]:
         """One prompt per image, see `Prompter`."""
-        requests = chat_requests(current, context, pair=self._context == "pair", messages=self._messages)
-        seeds = [0] * len(requests) if seeds is None else list(seeds)
-        keys = prompt_keys(self._identity, requests, seeds, draws=self._sampling.draws)
 
-        def ask(rows: list[int]) -> list[str]:
-            return self._model.answer(
-                [requests[row] for row in rows], sampling=self._sampling, seeds=[seeds[row] for row in rows]
-            )
+        def answer(requests: Sequence[ChatRequest], seeds: Sequence[int]) -> list[str]:
+            return self._model.answer(requests, sampling=self._asking.sampling, seeds=seeds)
 
-        return [clean_prompt(raw, self._cleaning) for raw in ask_missing(self._cache, keys, ask)]
+        return self._asking.prompts(current, context, seeds=seeds, model=self._identity, answer=answer)
