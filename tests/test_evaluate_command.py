@@ -126,9 +126,9 @@ def test_two_processes_on_one_folder_agree(sweep, tmp_path):
     assert (tmp_path / "run" / "rows.csv").read_bytes() == (outputs / "run" / "rows.csv").read_bytes()
 
 
-def test_the_papers_profile_says_what_is_missing():
+def test_the_papers_profile_says_what_is_missing(tmp_path):
     began = time.process_time()
-    sentence = _mistake("scale=64", "method=coz_vlm")
+    sentence = _mistake("scale=64", "method=coz_vlm", f"outputs={tmp_path}")
     assert time.process_time() - began < 15
     for part in ("Stable Diffusion 3", "GB", "coz.prepare", "Qwen2.5-VL", "profile=embedded"):
         assert part in sentence
@@ -144,8 +144,8 @@ def test_the_papers_profile_says_what_is_missing():
         (["at=2,3"], "at="),
     ],
 )
-def test_a_mistake_gets_one_sentence(arguments, part):
-    assert part in _mistake(*QUICK, *arguments)
+def test_a_mistake_gets_one_sentence(arguments, part, tmp_path):
+    assert part in _mistake(*QUICK, f"outputs={tmp_path}", *arguments)
 
 
 def test_a_text_file_named_png_is_named(tmp_path):
