@@ -73,7 +73,8 @@ class SD2Backbone:
     @property
     def fingerprint(self) -> Mapping[str, object]:
         """See `coz.backbones.base`."""
-        shared = ("latent_tile", "latent_overlap", "vae_encoder_tile_px", "vae_decoder_tile", "posterior", "color_fix")
+        tiles = ("latent_tile", "latent_overlap", "vae_encoder_tile_px", "vae_decoder_tile")
+        shared = (*tiles, "posterior", "color_fix", "compile")  # a compiled network rounds otherwise
         return {
             "name": self.name,
             "weights": self.source.identity,
