@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from coz.errors import UserError
 from coz.precedence import CONF, REPOSITORY, loosen, quote_null, resolve, resolve_overrides
+from coz.setting_types import check_node, check_typed
 from coz.store import explain_write_errors, write_atomic, write_json
 
 __all__ = [  # what the entry points need, with coz.precedence's
@@ -79,6 +81,7 @@ def run(task: Task, *, config_name: str) -> None:
         nonlocal entered
         entered = True
         try:
+            check_typed(HydraConfig.get().overrides.task, config_name=config_name)
             with explain_write_errors("a file"):
                 task(config)
         except UserError as error:  # SystemExit passes through Hydra without its remark on the failed job
@@ -111,8 +114,9 @@ def fail(sentence: str, *, code: int = 2) -> None:
 
 def explain(error: Exception, config_name: str) -> str:
     """Hydra's and OmegaConf's own errors as one sentence, with the nearest name where one was misspelt."""
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
-        return str(error.__cause__)
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        cause = error.__cause__
+        return str(cause) if isinstance(cause, UserError) else f"{str(error).splitlines()[0]} {cause}"
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override!r}; write KEY=VALUE, quote text with odd characters, close brackets"
     message = str(error).strip()
@@ -172,8 +176,10 @@ def _text(node: DictConfig) -> str:
 
 
 def _instantiate(node: str) -> Any:
+    plain = json.loads(node)
+    check_node(plain)
     try:
-        return hydra.utils.instantiate(json.loads(node), _convert_="all")
+        return hydra.utils.instantiate(plain, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

@@ -25,6 +25,7 @@ from coz.checkpoint import WeightsNotFound
 from coz.data.zoom_pairs import Pairs
 from coz.errors import UserError
 from coz.models.placement import pick_device
+from coz.setting_types import check_node
 from coz.store import write_json
 from coz.training.grpo_memory import Estimate, estimate, explain_memory
 
@@ -288,6 +289,7 @@ def training_arguments(run: Run, rewards: Sequence[Reward]) -> object:
         os.environ.setdefault("WANDB_PROJECT", str(config.wandb.project))
     import hydra
 
+    check_node(settings)
     return hydra.utils.instantiate(settings, _convert_="all")
 
 
