@@ -80,6 +80,7 @@ def open_run(config_name: str) -> Run:
     typed = any(str(o).lstrip("+").startswith("run_dir=") for o in HydraConfig.get().overrides.task)
     if processes > 1 and not typed:
         raise UserError(f"{processes} processes need one folder that all know; give run_dir=outputs/grpo/NAME")
+    check_counts(config)
     run = Run(config, Path(config.run_dir), rank, processes)
     if rank == 0:
         cli.record_provenance(run.folder, config)
@@ -87,6 +88,32 @@ def open_run(config_name: str) -> Run:
     else:
         logging.getLogger().setLevel(logging.ERROR)
     return run
+
+
+LEAST = {
+    "grpo.args.max_steps": 1,
+    "grpo.args.per_device_train_batch_size": 1,
+    "grpo.args.num_iterations": 1,
+    "grpo.args.max_completion_length": 1,
+    "grpo.args.num_generations": 2,  # an advantage compares the answers to one question
+    "grpo.completions_per_step": 1,
+    "grpo.lora.r": 1,
+    "watch.first_steps": 1,
+    "watch.window": 1,
+    "watch.kept_answers": 0,
+}
+
+
+def check_counts(config: DictConfig) -> None:
+    """Refuse counts with which nothing can be trained.
+
+    Raises:
+        UserError: one below its least value.
+    """
+    for key, least in LEAST.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value < least:
+            raise UserError(f"{key}={value} must be at least {least}")
 
 
 def describe_recipe(chosen: DictConfig) -> list[str]:

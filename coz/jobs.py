@@ -93,6 +93,8 @@ def open_job(config_name: str) -> Job:
     """Resolve the configuration of the running Hydra job and record it in its folder."""
     hydra = HydraConfig.get()
     config, folder = cli.resolve(config_name), Path(hydra.runtime.output_dir)
+    if config.strips < 0:
+        raise UserError(f"strips={config.strips} must be at least 0, which draws none")
     cli.record_provenance(folder, config)
     overrides = [str(override) for override in hydra.overrides.task]
     return Job(config, folder, in_sweep=hydra.mode == RunMode.MULTIRUN, overrides=overrides)

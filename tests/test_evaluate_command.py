@@ -139,6 +139,8 @@ def test_the_papers_profile_says_what_is_missing(tmp_path):
     [
         (["dataset=folder", "dataset.path=/no/such/folder"], "/no/such/folder"),
         (["scale=5000"], "scale=5000"),
+        (["strips=-1"], "strips=-1"),
+        (["backbone.tile_px=abc"], "backbone.tile_px=abc is not a number"),
         (["scal=4"], "did you mean scale"),
         (["outputs=/proc/nowhere"], "/proc/nowhere"),
         (["at=2,3"], "at="),

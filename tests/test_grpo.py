@@ -256,3 +256,12 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     assert grpo_jobs.newest_checkpoint(tmp_path).name == "checkpoint-10"
     assert grpo_jobs.newest_checkpoint(tmp_path / "none") is None
     assert dataclasses.is_dataclass(grpo_jobs.Run)
+
+
+@pytest.mark.parametrize(("key", "least"), grpo_jobs.LEAST.items())
+def test_counts_with_which_nothing_can_be_trained(key, least):
+    config = OmegaConf.create({"grpo": recipe("paper"), "watch": OmegaConf.load(CONF / "train_grpo.yaml").watch})
+    grpo_jobs.check_counts(config)
+    OmegaConf.update(config, key, least - 1)
+    with pytest.raises(UserError, match=rf"{key}={least - 1} must be at least {least}"):
+        grpo_jobs.check_counts(config)

@@ -285,3 +285,8 @@ def test_manifests(tmp_path, photos):
     few, held = Manifest(paths=[str(photos)], hold_out=2).split()
     assert len(few) == 3
     assert not set(few) & set(held)
+
+
+def test_a_training_keeps_at_least_its_last_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="keep=0"):
+        Checkpoints(tmp_path, {}, keep=0)

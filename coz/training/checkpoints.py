@@ -31,11 +31,18 @@ class Checkpoints:
         root: their folder.
         identity: every setting that the course of the training depends on.
         keep: how many of the last ones stay.
+
+    Raises:
+        UserError: none is to stay.
     """
 
     root: Path
     identity: Mapping[str, object]
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"keep={self.keep} must be at least 1; a training goes on from its last checkpoint")
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""

@@ -85,6 +85,8 @@ def _accelerator(config: DictConfig) -> Accelerator:
 
 def _validation(config: DictConfig, schedule: Schedule, trainee: Trainee, held: Sequence[Path]) -> Validation:
     settings = config.validation
+    if settings.crops < 0:
+        raise UserError(f"validation.crops={settings.crops} must be at least 1, or 0 for no validation")
     degradation = schedule.stages[-1].degradation if settings.degradation is None else cli.build(settings.degradation)
     size = int(settings.crop_px or schedule.crop_px)
     if schedule.shrink_to_px is not None and size > schedule.shrink_to_px:
