@@ -74,13 +74,13 @@ def hub_folder(weights: str, *, patterns: Sequence[str], what: str, size_gb: flo
         WeightsNotFound: the folder or the cached snapshot is missing or lacks files.
     """
     folder = Path(weights).expanduser()
+    remedy = "give a complete folder, or a hub id"
     if not folder.is_dir():
+        remedy = f"fetch it again with `python -m coz.prepare weights={weights}`"
         folder = _cached_snapshot(weights, patterns, what, size_gb, licence)
     missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if missing:
-        raise WeightsNotFound(
-            f"{what}: {folder} lacks {', '.join(missing[:4])}; fetch it again with `python -m coz.prepare weights={weights}`"
-        )
+        raise WeightsNotFound(f"{what}: {folder} lacks {', '.join(missing[:4])}; {remedy}")
     return folder
 
 

@@ -140,14 +140,17 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _setting_names(config_name: str) -> list[str]:
-    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+    """What one may type: the entry point's own settings, its groups, and what is in these."""
     top = OmegaConf.load(CONF / f"{config_name}.yaml")
+    assert isinstance(top, DictConfig)
+    entries = [str(key) for entry in top.get("defaults", []) if isinstance(entry, DictConfig) for key in entry]
+    groups = sorted({entry.split("@")[0] for entry in entries if not entry.startswith("override ")})
     nested = []
     for group in groups:
         for file in (CONF / group).glob("*.yaml"):
             loaded = OmegaConf.load(file)
             nested += [f"{group}.{key}" for key in map(str, loaded) if isinstance(loaded, DictConfig)]
-    return [*map(str, top), *groups, *nested]
+    return [*(key for key in map(str, top) if key not in ("defaults", "hydra")), *groups, *nested]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 from coz import cli
@@ -188,3 +189,17 @@ def test_a_misspelt_override_gets_one_sentence(override, sentence):
     text = str(caught.value) if isinstance(caught.value, UserError) else cli.explain(caught.value, "evaluate")
     assert sentence in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "remark"),
+    [
+        ("zoom", "sclae", ", did you mean scale?"),
+        ("zoom", "protocol", ""),  # a group of other entry points
+        ("evaluate", "protocl", ", did you mean protocol?"),
+        ("train_grpo", "grpo.arg", ", did you mean grpo.args?"),
+    ],
+)
+def test_a_misspelt_setting_is_told_its_nearest_among_those_there_are(entry, key, remark):
+    error = cli.explain(ConfigCompositionException(f"Could not override '{key}'."), entry)
+    assert error == f"{key} is no setting of {entry}{remark}; see --cfg job for all"

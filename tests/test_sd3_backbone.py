@@ -342,3 +342,10 @@ def test_missing_files_are_said_at_construction(released):
 def test_a_size_beyond_the_position_table_is_refused(backbone):
     with pytest.raises(UserError, match="3072 px of one SD3 pass"):
         backbone(torch.zeros(1, 3, 8, 8), size=3088)
+
+
+def test_an_incomplete_folder_is_told_what_it_lacks_and_no_download(tmp_path):
+    with pytest.raises(WeightsNotFound, match="lacks transformer") as caught:
+        OSEDiffSD3(weights=str(tmp_path), lora="x.pkl", device="cpu")
+    assert "complete folder" in str(caught.value)
+    assert "coz.prepare" not in str(caught.value)
