@@ -71,6 +71,10 @@ def read_photo(path: str | Path, *, min_side_px: int = 1) -> Image.Image:
                 image = _to_rgb8(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
         raise UnreadableImage(f"{path} does not exist; check the path") from error
+    except IsADirectoryError as error:
+        raise UnreadableImage(f"{path} is a folder; give one photograph") from error
+    except PermissionError as error:
+        raise UnreadableImage(f"{path} may not be read; give yourself the right to") from error
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{path} has too many pixels ({error}); cut it or reduce it first") from error
     except UnidentifiedImageError as error:

@@ -203,3 +203,16 @@ def test_a_misspelt_override_gets_one_sentence(override, sentence):
 def test_a_misspelt_setting_is_told_its_nearest_among_those_there_are(entry, key, remark):
     error = cli.explain(ConfigCompositionException(f"Could not override '{key}'."), entry)
     assert error == f"{key} is no setting of {entry}{remark}; see --cfg job for all"
+
+
+@pytest.mark.parametrize("argument", ["backbone=null", "+backbone=true", "method=5", "profile="])
+def test_a_choice_that_is_no_name(argument):
+    with pytest.raises(UserError, match=r"does not exist.* is one of "):
+        cli.check_choices(["scale=4", argument])
+
+
+@pytest.mark.parametrize(
+    "argument", ["prompter='null'", "prompter=vlm", "memory=12gb", "method=nn,direct", "scale=4", "seed=null"]
+)
+def test_a_choice_that_may_be(argument):
+    cli.check_choices([argument])

@@ -132,3 +132,8 @@ def test_the_centre_is_the_released_codes():
     assert (view.left_px, view.top_px, view.size_px) == (192, 192, 128)
     with pytest.raises(UserError, match="outside"):
         view_at(512, 4, (1.2, 0.5))
+
+
+def test_a_folder_is_no_photograph(tmp_path):
+    with pytest.raises(UnreadableImage, match="is a folder; give one photograph"):
+        read_photo(tmp_path)
