@@ -173,7 +173,7 @@ def _stand_in(draft: DictConfig, typed: Sequence[str]) -> tuple[str, str]:
     return asked_for, str(draft.profile.get("datasets", {}).get(asked_for, ""))
 
 
-def _searchpath() -> list[str]:
+def searchpath() -> list[str]:
     """`hydra.searchpath=[file://…]` of the command line, where a user's own configs lie; Hydra keeps it apart from the rest."""
     if not HydraConfig.initialized():
         return []
@@ -182,7 +182,7 @@ def _searchpath() -> list[str]:
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     loader = GlobalHydra.instance().config_loader()
-    overrides = [*_searchpath(), *overrides]
+    overrides = [*searchpath(), *overrides]
     config = loader.load_configuration(config_name, overrides, run_mode=RunMode.RUN, from_shell=False)
     choices = config.hydra.runtime.choices
     OmegaConf.set_struct(config, False)

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from coz.errors import UserError
-from coz.precedence import CONF, quote_null
+from coz.precedence import CONF, quote_null, searchpath
 
 _NAMES: Mapping[object, str] = {
     bool: "true or false",
@@ -141,10 +141,10 @@ def check_typed(typed: Sequence[str], *, config_name: str) -> None:
 
 
 def _known_values(config_name: str, key: str) -> list[object]:
-    """What a setting is in the entry point's own file, and in every choice of its group."""
+    """What a setting is in the entry point's own file, and in every choice of its group, unless there are a user's own."""
     group, _, rest = key.partition(".")
     found = [_raw(_load(CONF / f"{config_name}.yaml"), key)]
-    if rest and (CONF / group).is_dir():
+    if rest and (CONF / group).is_dir() and not searchpath():
         found += [_raw(_load(file), rest) for file in sorted((CONF / group).glob("*.yaml"))]
     return [value for value in found if value is not None and not (isinstance(value, str) and "${" in value)]
 

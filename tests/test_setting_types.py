@@ -128,3 +128,12 @@ def test_what_was_typed_is_held_against_the_defaults(entry, override, sentence):
 )
 def test_what_is_right_or_unknown_passes(override):
     check_typed([override], config_name="evaluate")
+
+
+def test_configs_of_the_users_own_are_not_held_against_ours(monkeypatch):
+    with pytest.raises(UserError):
+        check_typed(["backbone.seed=fixed"], config_name="evaluate")
+    monkeypatch.setattr("coz.setting_types.searchpath", lambda: ["hydra.searchpath=[file:///mine]"])
+    check_typed(["backbone.seed=fixed"], config_name="evaluate")
+    with pytest.raises(UserError):
+        check_typed(["seed=fixed"], config_name="evaluate")
