@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import resource
 import statistics
 import warnings
@@ -12,20 +11,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from coz import cli
 from coz.checkpoint import WeightsNotFound
 from coz.data.zoom_pairs import Pairs
 from coz.errors import UserError
+from coz.grpo_recipe import check_adapted, check_recipe, completions_per_process, describe_recipe, plain
 from coz.models.placement import pick_device
-from coz.setting_types import check_node
 from coz.store import write_json
 from coz.training.grpo_memory import Estimate, estimate, explain_memory
 
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPES = ("paper", "trl")
 BASE_FOLDER = "base"
 
 
@@ -80,7 +78,7 @@ def open_run(config_name: str) -> Run:
     typed = any(str(o).lstrip("+").startswith("run_dir=") for o in HydraConfig.get().overrides.task)
     if processes > 1 and not typed:
         raise UserError(f"{processes} processes need one folder that all know; give run_dir=outputs/grpo/NAME")
-    check_counts(config)
+    check_recipe(config)
     run = Run(config, Path(config.run_dir), rank, processes)
     if rank == 0:
         cli.record_provenance(run.folder, config)
@@ -88,49 +86,6 @@ def open_run(config_name: str) -> Run:
     else:
         logging.getLogger().setLevel(logging.ERROR)
     return run
-
-
-LEAST = {
-    "grpo.args.max_steps": 1,
-    "grpo.args.per_device_train_batch_size": 1,
-    "grpo.args.num_iterations": 1,
-    "grpo.args.max_completion_length": 1,
-    "grpo.args.num_generations": 2,  # an advantage compares the answers to one question
-    "grpo.completions_per_step": 1,
-    "grpo.lora.r": 1,
-    "watch.first_steps": 1,
-    "watch.window": 1,
-    "watch.kept_answers": 0,
-}
-
-
-def check_counts(config: DictConfig) -> None:
-    """Refuse counts with which nothing can be trained.
-
-    Raises:
-        UserError: one below its least value.
-    """
-    for key, least in LEAST.items():
-        value = OmegaConf.select(config, key)
-        if value is not None and value < least:
-            raise UserError(f"{key}={value} must be at least {least}")
-
-
-def describe_recipe(chosen: DictConfig) -> list[str]:
-    """Say where the chosen recipe differs from the other one. → the lines."""
-    other = RECIPES[1] if chosen.name == RECIPES[0] else RECIPES[0]
-    theirs = _plain(OmegaConf.load(cli.CONF / "grpo" / f"{RECIPES[0]}.yaml").args)
-    if other != RECIPES[0]:
-        theirs |= _plain(OmegaConf.load(cli.CONF / "grpo" / f"{other}.yaml").args)
-    ours = _plain(chosen.args, resolve=True)
-    differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
-    lines = [f"{key}: {ours[key]}  ({other}: {theirs[key]})" for key in differing]
-    logger.info("grpo=%s differs from grpo=%s in %d settings:\n  %s", chosen.name, other, len(lines), "\n  ".join(lines))
-    return lines
-
-
-def _plain(node: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
-    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=resolve))
 
 
 def build_parts(run: Run) -> Parts:
@@ -179,25 +134,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step that was written whole."""
     whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def completions_per_process(grpo: DictConfig, *, processes: int) -> tuple[int, int]:
-    """(completions per process at a time, times per step), so that a step has `completions_per_step` in all.
-
-    Raises:
-        UserError: numbers that do not divide.
-    """
-    per_device, total = grpo.args.per_device_train_batch_size, grpo.completions_per_step
-    generations = grpo.args.num_generations
-    if total % processes:
-        raise UserError(f"grpo.completions_per_step={total} cannot be shared by {processes} processes; use a multiple")
-    at_a_time = min(per_device, total // processes)
-    if at_a_time % generations or (total // processes) % at_a_time:
-        raise UserError(
-            f"grpo.completions_per_step={total} over {processes} processes, {at_a_time} at a time, are no whole groups of "
-            f"num_generations={generations}; change grpo.completions_per_step or grpo.args.per_device_train_batch_size"
-        )
-    return at_a_time, total // processes // at_a_time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,7 +231,7 @@ def training_arguments(run: Run, rewards: Sequence[Reward]) -> object:
     config = run.config
     device = pick_device(config.device)
     at_a_time, times = completions_per_process(config.grpo, processes=run.processes)
-    settings = _plain(config.grpo.args, resolve=True)
+    settings = plain(config.grpo.args)
     settings |= {
         "output_dir": str(run.folder),
         "per_device_train_batch_size": at_a_time,
@@ -316,26 +252,7 @@ def training_arguments(run: Run, rewards: Sequence[Reward]) -> object:
         os.environ.setdefault("WANDB_PROJECT", str(config.wandb.project))
     import hydra
 
-    check_node(settings)
     return hydra.utils.instantiate(settings, _convert_="all")
-
-
-def check_adapted(model: nn.Module, pattern: str | Sequence[str]) -> list[str]:
-    """The modules that a LoRA pattern adapts.
-
-    Raises:
-        UserError: none, or some of the vision tower, which stays frozen.
-    """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if isinstance(pattern, str):
-        adapted = [name for name in linear if re.fullmatch(pattern, name)]
-    else:
-        adapted = [name for name in linear if name.rpartition(".")[2] in set(pattern) or name in set(pattern)]
-    seeing = [name for name in adapted if re.search(r"visual|vision", name)]
-    if not adapted or seeing:
-        which = f"also adapts {seeing[0]}, of the vision tower" if seeing else "matches no linear layer"
-        raise UserError(f"grpo.lora.target_modules={pattern} {which}; give a pattern of the language model's layers")
-    return adapted
 
 
 def train(run: Run, parts: Parts, trainer: PromptTrainer) -> None:

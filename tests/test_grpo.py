@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from transformers import TrainerControl, TrainerState
 
-from coz import cli, grpo_jobs
+from coz import cli, grpo_jobs, grpo_recipe
 from coz.errors import UserError
 from coz.models.random_vlm import random_vlm
 from coz.plots.__main__ import main
@@ -62,16 +62,16 @@ def test_every_setting_of_a_recipe_is_read(name):
 
 
 def test_a_run_says_where_its_recipe_differs(caplog):
-    lines = grpo_jobs.describe_recipe(recipe("paper"))
+    lines = grpo_recipe.describe_recipe(recipe("paper"))
     assert "beta: 0.04  (trl: 0.0)" in lines
     assert "scale_rewards: none  (trl: group)" in lines
     assert not any(line.startswith("epsilon") for line in lines)
-    assert "num_generations: 8  (paper: 2)" in grpo_jobs.describe_recipe(recipe("trl"))
+    assert "num_generations: 8  (paper: 2)" in grpo_recipe.describe_recipe(recipe("trl"))
 
 
 @pytest.mark.parametrize(("processes", "expected"), [(1, (2, 8)), (4, (2, 2)), (8, (2, 1))])
 def test_a_step_has_as_many_completions_whatever_the_processes(processes, expected):
-    assert grpo_jobs.completions_per_process(recipe("paper"), processes=processes) == expected
+    assert grpo_recipe.completions_per_process(recipe("paper"), processes=processes) == expected
     at_a_time, times = expected
     assert at_a_time * times * processes == 16
 
@@ -79,18 +79,18 @@ def test_a_step_has_as_many_completions_whatever_the_processes(processes, expect
 @pytest.mark.parametrize("processes", [3, 16])
 def test_groups_that_do_not_divide_are_refused(processes):
     with pytest.raises(UserError, match="completions_per_step=16"):
-        grpo_jobs.completions_per_process(recipe("paper"), processes=processes)
+        grpo_recipe.completions_per_process(recipe("paper"), processes=processes)
 
 
 def test_the_adapter_is_in_the_language_model_alone():
     model, _ = random_vlm(size="tiny", seed=0, dtype=torch.float32, device=torch.device("cpu"))
-    adapted = grpo_jobs.check_adapted(model, recipe("paper").lora.target_modules)
+    adapted = grpo_recipe.check_adapted(model, recipe("paper").lora.target_modules)
     assert len(adapted) == 2 * 7
     assert all(".language_model.layers." in name for name in adapted)
     with pytest.raises(UserError, match="vision tower"):
-        grpo_jobs.check_adapted(model, r".*\.(q_proj|up_proj)")
+        grpo_recipe.check_adapted(model, r".*\.(q_proj|up_proj)")
     with pytest.raises(UserError, match="no linear layer"):
-        grpo_jobs.check_adapted(model, "query")
+        grpo_recipe.check_adapted(model, "query")
 
 
 def test_bad_habits_come_in_their_shares():
@@ -258,10 +258,10 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     assert dataclasses.is_dataclass(grpo_jobs.Run)
 
 
-@pytest.mark.parametrize(("key", "least"), grpo_jobs.LEAST.items())
+@pytest.mark.parametrize(("key", "least"), grpo_recipe.LEAST.items())
 def test_counts_with_which_nothing_can_be_trained(key, least):
     config = OmegaConf.create({"grpo": recipe("paper"), "watch": OmegaConf.load(CONF / "train_grpo.yaml").watch})
-    grpo_jobs.check_counts(config)
+    grpo_recipe.check_recipe(config)
     OmegaConf.update(config, key, least - 1)
     with pytest.raises(UserError, match=rf"{key}={least - 1} must be at least {least}"):
-        grpo_jobs.check_counts(config)
+        grpo_recipe.check_recipe(config)
