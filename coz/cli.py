@@ -28,7 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from tqdm import tqdm
 
 from coz.errors import UserError
-from coz.precedence import CONF, REPOSITORY, config_groups, loosen, quote_null, resolve, resolve_overrides
+from coz.precedence import CONF, REPOSITORY, loosen, quote_choices, resolve, resolve_overrides
 from coz.setting_types import check_node, check_typed
 from coz.store import explain_write_errors, write_atomic, write_json
 
@@ -43,7 +43,7 @@ __all__ = [  # what the entry points need, with coz.precedence's
     "build_model",
     "explain",
     "fail",
-    "quote_null",
+    "quote_choices",
     "record_provenance",
     "resolve",
     "resolve_overrides",
@@ -91,9 +91,8 @@ def run(task: Task, *, config_name: str) -> None:
             fail(explain(error, config_name))
 
     job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
-    sys.argv[1:] = [loosen(quote_null(argument)) for argument in sys.argv[1:]]
+    sys.argv[1:] = [loosen(quote_choices(argument)) for argument in sys.argv[1:]]
     try:
-        check_choices(sys.argv[1:])
         job()
     except UserError as error:
         fail(str(error))
@@ -113,23 +112,6 @@ def fail(sentence: str, *, code: int = 2) -> None:
     sys.exit(code)
 
 
-def check_choices(arguments: Sequence[str]) -> None:
-    """Refuse a group's choice that is no name, such as `backbone=null`, which Hydra answers with a traceback.
-
-    Raises:
-        UserError: naming the group's choices.
-    """
-    for argument in arguments:
-        group, equals, value = argument.partition("=")
-        if equals and group.lstrip("+") in config_groups() and re.fullmatch(r"null|true|false|[-+.\d]*", value, re.IGNORECASE):
-            raise UserError(_no_such_choice(group.lstrip("+"), value))
-
-
-def _no_such_choice(group: str, name: str) -> str:
-    options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-    return f"{group}={name} does not exist{_nearest(name, options)}; {group} is one of {', '.join(options)}"
-
-
 def explain(error: Exception, config_name: str) -> str:
     """Hydra's and OmegaConf's own errors as one sentence, with the nearest name where one was misspelt."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
@@ -146,9 +128,11 @@ def explain(error: Exception, config_name: str) -> str:
         return f"{key} is no setting of {config_name}{_nearest(key, _setting_names(config_name))}; see --cfg job for all"
     if first.startswith("Ambiguous value"):
         return f"{first}: several values are a sweep and need -m, a point needs brackets, as in at=[0.31,0.62]"
-    absent = re.search(r"Could not find '([^']+)/([^'/]+)'", first)
+    absent = re.search(r"Could not find '([^']+)/([^'/]*)'", first)
     if absent:
-        return _no_such_choice(*absent.groups())
+        group, name = absent.groups()
+        options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+        return f"{group}={name} does not exist{_nearest(name, options)}; {group} is one of {', '.join(options)}"
     return first
 
 

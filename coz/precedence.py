@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 
 from coz.errors import UserError
 from coz.models.trained import trained_note
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONF = REPOSITORY / "conf"
+
+_NO_NAME = re.compile(r"null|true|false|[-+.\d]*", re.IGNORECASE)
 
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 OmegaConf.register_new_resolver("weights", lambda own, *, _root_: _profile_weights(_root_) or own, replace=True)
@@ -34,12 +38,13 @@ def _profile_weights(config: DictConfig) -> str | None:
     return OmegaConf.select(config, "profile.weights")
 
 
-def quote_null(argument: str) -> str:
-    """`prompter=null` (alone or in a sweep) names the config null.yaml, which Hydra would read as "nothing"."""
+def quote_choices(argument: str) -> str:
+    """`prompter=null` (alone or in a sweep) names the config null.yaml, which Hydra would read as "nothing". Whatever else it
+    would not read as a name is quoted too, so that it is refused as the unknown choice that it is."""
     group, equals, value = argument.partition("=")
-    if not equals or not (CONF / group / "null.yaml").is_file():
+    if not equals or not group.strip("+") or not (CONF / group.lstrip("+")).is_dir():
         return argument
-    return group + equals + ",".join("'null'" if part == "null" else part for part in value.split(","))
+    return group + equals + ",".join(f"'{part}'" if _NO_NAME.fullmatch(part) else part for part in value.split(","))
 
 
 def loosen(argument: str) -> str:
@@ -75,7 +80,7 @@ def resolve(config_name: str) -> DictConfig:
 def resolve_overrides(typed: Sequence[str], *, config_name: str, sweep: bool) -> DictConfig:
     """`resolve` for given overrides. In a sweep a fixed part may differ from the command line: other jobs use that."""
     groups = config_groups()
-    typed = [quote_null(override.removeprefix("++")) for override in typed]
+    typed = [quote_choices(override.removeprefix("++")) for override in typed]
     parsed = OverridesParser.create().parse_overrides(list(typed))
     # An experiment is added with a +, and stays among the other overrides.
     chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in groups and not (o.is_delete() or o.is_add())}
@@ -156,13 +161,19 @@ def _applicable(config: DictConfig, overrides: Sequence[str]) -> list[str]:
     return kept
 
 
-def _has(node: object, key: str) -> bool:
+def _has(config: object, key: str) -> bool:
     """Whether a config has a key, be it one that still needs a value."""
+    return node_at(config, key) is not None
+
+
+def node_at(config: object, key: str) -> Node | None:
+    """The node under a key, references unresolved; None where there is none."""
+    found: Any = config
     for part in key.split("."):
-        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` passes over what needs a value)
-            return False
-        node = node._get_node(part)
-    return True
+        if not isinstance(found, DictConfig) or part not in found.keys():  # noqa: SIM118 (`in` passes over what needs a value)
+            return None
+        found = found._get_node(part)
+    return found
 
 
 def _stand_in(draft: DictConfig, typed: Sequence[str]) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from coz.errors import UserError
-from coz.precedence import CONF, quote_null, searchpath
+from coz.precedence import CONF, node_at, quote_choices, searchpath
 
 _NAMES: Mapping[object, str] = {
     bool: "true or false",
@@ -77,8 +77,7 @@ def fits(value: object, hint: object) -> bool:
     """Whether a value of a config may stand where `hint` is wanted."""
     if isinstance(value, list | dict):
         return True
-    kinds = list(_alternatives(hint))
-    return any(_is(value, kind) for kind in kinds)
+    return any(_is(value, kind) for kind in _alternatives(hint))
 
 
 def _alternatives(hint: object) -> Iterator[object]:
@@ -119,33 +118,39 @@ def _complaint(value: object, hint: object) -> str:
 def check_typed(typed: Sequence[str], *, config_name: str) -> None:
     """Hold what was typed on the command line against the values that the same settings have in conf/.
 
-    Where these are all true or false, or all numbers, so must the typed one be; null and lists pass for numbers.
+    Where these are all true or false, or all numbers, so must the typed one be. A list passes for a number; null does for that
+    of a part, whose signature says whether it may.
 
     Raises:
         UserError: it is of another kind.
     """
     parser = OverridesParser.create()
-    for override in parser.parse_overrides([quote_null(o.removeprefix("++")) for o in typed]):
+    for override in parser.parse_overrides([quote_choices(o.removeprefix("++")) for o in typed]):
         if override.is_delete() or override.is_sweep_override():
             continue
-        value = override.value()
-        known = _known_values(config_name, override.key_or_group)
+        key, value = override.key_or_group, override.value()
+        known = _known_values(config_name, key)
         if not known or (isinstance(value, str) and "${" in value):
             continue
-        said = f"{override.key_or_group}={_typed(value)}"
         if all(isinstance(one, bool) for one in known):
             if not isinstance(value, bool):
-                raise UserError(f"{said} is neither true nor false")
-        elif all(isinstance(one, int | float) and not isinstance(one, bool) for one in known) and isinstance(value, str | bool):
-            raise UserError(f"{said} is not a number; write one, as in {override.key_or_group}={_typed(known[0])}")
+                raise UserError(f"{key}={_typed(value)} is neither true nor false")
+        elif all(fits(one, float) for one in known) and not fits(value, float | None if _group(key) else float):
+            raise UserError(f"{key}={_typed(value)} is not a number; write one, as in {key}={_typed(known[0])}")
+
+
+def _group(key: str) -> Path | None:
+    """The folder of the group that a setting's part is chosen from."""
+    folder = CONF / key.partition(".")[0]
+    return folder if "." in key and folder.is_dir() else None
 
 
 def _known_values(config_name: str, key: str) -> list[object]:
     """What a setting is in the entry point's own file, and in every choice of its group, unless there are a user's own."""
-    group, _, rest = key.partition(".")
     found = [_raw(_load(CONF / f"{config_name}.yaml"), key)]
-    if rest and (CONF / group).is_dir() and not searchpath():
-        found += [_raw(_load(file), rest) for file in sorted((CONF / group).glob("*.yaml"))]
+    folder = _group(key)
+    if folder and not searchpath():
+        found += [_raw(_load(file), key.partition(".")[2]) for file in sorted(folder.glob("*.yaml"))]
     return [value for value in found if value is not None and not (isinstance(value, str) and "${" in value)]
 
 
@@ -156,14 +161,10 @@ def _load(file: Path) -> DictConfig:
     return loaded
 
 
-def _raw(node: DictConfig, key: str) -> object:
-    """A value as it stands in the file, references unresolved; None where it is absent or no plain value."""
-    found: Any = node
-    for part in key.split("."):
-        if not isinstance(found, DictConfig) or part not in found.keys():  # noqa: SIM118 (`in` passes over what needs a value)
-            return None
-        found = found._get_node(part)
-    return None if OmegaConf.is_config(found) else found._value()
+def _raw(config: DictConfig, key: str) -> object:
+    """A value as it stands in the file; None where it is absent or no plain value."""
+    node = node_at(config, key)
+    return None if node is None or OmegaConf.is_config(node) else node._value()
 
 
 def _typed(value: object) -> str:

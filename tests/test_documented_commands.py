@@ -181,7 +181,7 @@ def check_configuration(config_name: str, program: str, words: list[str]) -> Non
 
 def star(overrides: list[str]) -> list[list[str]]:
     """Each value of a sweep once, the other sweeps at their first value."""
-    parsed = OverridesParser.create().parse_overrides([cli.quote_null(word) for word in overrides])
+    parsed = OverridesParser.create().parse_overrides([cli.quote_choices(word) for word in overrides])
     choices = [
         [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [word]
         for o, word in zip(parsed, overrides, strict=True)

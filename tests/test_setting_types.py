@@ -97,6 +97,8 @@ def test_a_node_with_a_wrong_value(change, sentence):
         ("zoom", "film=1", "film=1 is neither true nor false"),
         ("evaluate", "strips=abc", "strips=abc is not a number; write one, as in strips=24"),
         ("evaluate", "scale=true", "scale=true is not a number"),
+        ("evaluate", "strips=null", "strips=null is not a number"),
+        ("evaluate", "seed=null", "seed=null is not a number; write one, as in seed=0"),
         ("evaluate", "++backbone.compile=maybe", "backbone.compile=maybe is neither"),
         ("evaluate", "chain.start_px=abc", "chain.start_px=abc is not a number"),
         ("train_sr", "keep=x", "keep=x is not a number"),
